@@ -32,7 +32,7 @@ from .distill import DistillConfig, augment, prototype_logits
 from .inversion import InvertConfig, inversion_losses, random_view, start_images
 from .lora import new_lora
 
-# %% ../nbs/13_cost.ipynb #7d89a147
+# %% ../nbs/13_cost.ipynb #4facc3a2
 @dataclass(frozen=True)
 class ViTShape:
     "What the cost of a vision transformer depends on. Sides in pixels; images and patches are square."
@@ -60,7 +60,7 @@ class ViTShape:
         "Hidden width of the MLP"
         return round(self.width*self.mlp_ratio)
 
-VIT_B16 = ViTShape("ViT-B/16", 224, 16, 768, 12, 12, 512)    # CLIP's towers, arXiv 2103.00020, Table 20
+VIT_B16 = ViTShape("ViT-B/16", 224, 16, 768, 12, 12, 512)    # CLIP's towers, compared with open_clip's below
 VIT_B32 = ViTShape("ViT-B/32", 224, 32, 768, 12, 12, 512)
 
 # %% ../nbs/13_cost.ipynb #1234aa69
@@ -276,13 +276,14 @@ def _step(backbone, prior, batch, plan=None, sparsity=None):
     "The step of inversion if there is a plan, else of meta-training"
     return meta_step(backbone, batch, sparsity) if plan is None else inversion_step(backbone, prior, batch, plan)
 
-# %% ../nbs/13_cost.ipynb #2a5d1c0b
+# %% ../nbs/13_cost.ipynb #8d4d35cf
 PLANS = ({0: 0.}, {11: .75}, {8: .75}, {6: .75}, {3: .3, 6: .3, 8: .3, 11: .3}, {6: .3, 8: .3, 11: .3})    # the first five are the paper's
 SPARSITIES = (0., .25, .5, .75)
 
-def _groups(table, plans):
+def _groups(table, plans, shape):
     "The runs of `table` that take turns, the dense one first: (method, variant, arguments of the step) in lists"
     if table == "sparsity": return [[("LoRA Recycle" + (f"_{s*100:.0f}" if s else ""), "", dict(sparsity=s)) for s in SPARSITIES]]
+    for plan in plans: check_plan(plan, shape.layers, shape.n_patches)
     names = ((True, "LoRA Recycle"), (False, "LoRA Recycle without R_BN"))
     return [[(name, str(plan), dict(plan=plan, with_prior=prior)) for plan in plans] for prior, name in names]
 
@@ -298,7 +299,7 @@ def _measure(group, backbone, prior, shape, batch, repeats, warmup, device, memo
         if memory: found[-1]["peak_mem_mb"] = peak_memory(FRESH, shape=astuple(shape), batch=batch, device=device, seed=seed, **how)
     return found
 
-# %% ../nbs/13_cost.ipynb #11dfabfd
+# %% ../nbs/13_cost.ipynb #4d159f14
 def cost_rows(table:str,                 # "pruning" (Table 4) or "sparsity" (Table 5)
               batch:int,                 # images in a step; the paper's: 25 (pruning), 100 (sparsity)
               shape:ViTShape=VIT_B16,
@@ -311,10 +312,10 @@ def cost_rows(table:str,                 # "pruning" (Table 4) or "sparsity" (Ta
              )->pd.DataFrame:            # columns table, method, variant, backbone, dataset, metric, value
     "The cost columns of Table 4 or 5 on random weights and images of noise; each metric after its ratio to the dense run, `<metric>_ratio`"
     check_choice("table", table, ("pruning", "sparsity"))
-    for plan in plans: check_plan(plan, shape.layers, shape.n_patches)
+    groups = _groups(table, plans, shape)
     backbone = random_backbone(shape, generator(seed, "cost")).to(device)
     prior, rows = random_prior(seed).to(device) if table == "pruning" else None, []
-    for group in _groups(table, plans):
+    for group in groups:
         found = _measure(group, backbone, prior, shape, batch, repeats, warmup, device, memory, seed)
         for (method, variant, _), values in zip(group, found):
             ratios = {f"{metric}_ratio": value/found[0][metric] for metric, value in values.items()}
