@@ -4,23 +4,20 @@
 
 # %% auto #0
 __all__ = ['OPENAI_MEAN', 'OPENAI_STD', 'Backbone', 'normalise', 'denormalise', 'lora_delta', 'attend', 'cls_scores',
-           'check_plan', 'gather_tokens', 'most_attended', 'Encoded', 'embed_patches', 'norm', 'heads_of', 'mlp',
-           'encode', 'from_open_clip']
+           'check_plan', 'check_kept', 'gather_tokens', 'most_attended', 'least_attended', 'random_patches', 'Encoded',
+           'embed_patches', 'norm', 'heads_of', 'mlp', 'encode', 'from_open_clip']
 
-# %% ../nbs/05_backbone.ipynb #8a72ddc6
-import json, math
+# %% ../nbs/05_backbone.ipynb #f21f93ef
 from dataclasses import dataclass, field, replace
-from importlib.resources import files
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import check_choice, digest, load_tensors
+from .core import check_choice, digest
 from .lora import LoRA
 
-# %% ../nbs/05_backbone.ipynb #967cd63f
+# %% ../nbs/05_backbone.ipynb #c69f797e
 OPENAI_MEAN, OPENAI_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
 
 @dataclass(frozen=True)
@@ -37,24 +34,38 @@ class Backbone:
 
     def __post_init__(self): check_choice('act', self.act, ('gelu', 'quick_gelu'))
     @property
-    def width(self) -> int: return self.weights['class_embedding'].shape[-1]
+    def width(self) -> int:
+        "Width D of a token."
+        return self.weights['class_embedding'].shape[-1]
     @property
-    def layers(self) -> int: return 1+max(int(k.split('.')[2]) for k in self.weights if k.startswith('transformer.resblocks.'))
+    def layers(self) -> int:
+        "Number L of layers."
+        return 1+max(int(k.split('.')[2]) for k in self.weights if k.startswith('transformer.resblocks.'))
     @property
-    def n_patches(self) -> int: return len(self.weights['positional_embedding'])-1
+    def n_patches(self) -> int:
+        "Patches of an image, [CLS] not counted."
+        return len(self.weights['positional_embedding'])-1
     @property
-    def out_dim(self) -> int: return self.weights['proj'].shape[1]
+    def out_dim(self) -> int:
+        "Width of a feature."
+        return self.weights['proj'].shape[1]
     @property
-    def device(self) -> torch.device: return self.weights['proj'].device
+    def device(self) -> torch.device:
+        "Where the weights are."
+        return self.weights['proj'].device
     @property
-    def digest(self) -> str: return digest(self.name, self.weights, self.heads, self.act, self.mean, self.std)
+    def digest(self) -> str:
+        "Short name of everything that decides a feature: what caches are keyed by."
+        return digest(self.name, self.weights, self.heads, self.act, self.mean, self.std, self.eps)
 
     def to(self, device) -> 'Backbone':
         "The same backbone on `device`."
         return replace(self, weights={k: w.to(device) for k, w in self.weights.items()})
 
-# %% ../nbs/05_backbone.ipynb #d41d5abe
-def _channels(values: tuple, like: Tensor) -> Tensor: return torch.tensor(values, dtype=like.dtype, device=like.device).view(3, 1, 1)
+# %% ../nbs/05_backbone.ipynb #bb792cef
+def _channels(values: tuple, like: Tensor) -> Tensor:
+    "`values` (r, g, b) in the shape and on the device of images `like`."
+    return torch.tensor(values, dtype=like.dtype, device=like.device).view(3, 1, 1)
 
 def normalise(images: Tensor, backbone: Backbone) -> Tensor:
     "uint8 (0-255) or float (0-1) images [...,3,H,W] as float, normalised with the backbone's mean and sd, on its device."
@@ -83,15 +94,22 @@ def cls_scores(q: Tensor, k: Tensor) -> Tensor:
     row = (q[:, :, :1]*q.shape[-1]**-.5) @ k.transpose(-1, -2)
     return row.softmax(-1)[:, :, 0, 1:].mean(1)
 
-# %% ../nbs/05_backbone.ipynb #20b19ee3
-def check_plan(plan: dict | None, layers: int, n_patches: int) -> dict[int, float]:
-    "`plan` with legal layers and ratios, sorted; ValueError names what is wrong."
-    plan, left = dict(sorted((plan or {}).items())), n_patches
+# %% ../nbs/05_backbone.ipynb #15b4d121
+def check_plan(plan: dict | None, layers: int) -> dict[int, float]:
+    "`plan` with legal layers and ratios, sorted; ValueError names what is wrong. A legal plan leaves a patch, for int(n*ratio) < n."
+    plan = dict(plan or {})
     for layer, ratio in plan.items():
-        if layer not in range(layers): raise ValueError(f'plan={plan}: layer {layer!r} does not exist; layers are 0 to {layers-1}')
-        if not 0 <= ratio < 1: raise ValueError(f'plan={plan}: ratio {ratio!r} at layer {layer} must lie in [0, 1)')
-        left -= int(left*ratio)
-    return plan
+        if isinstance(layer, bool) or layer not in range(layers): raise ValueError(f'plan={plan}: layer {layer!r} does not exist; layers are 0 to {layers-1}')
+        if not (isinstance(ratio, (int, float)) and 0 <= ratio < 1): raise ValueError(f'plan={plan}: ratio {ratio!r} at layer {layer} must lie in [0, 1)')
+    return dict(sorted(plan.items()))
+
+def check_kept(name: str, kept: Tensor, n_images: int, n_patches: int) -> Tensor:
+    "`kept` if it is int64 [n_images,K], K >= 1, every row ascending patch numbers; else ValueError that says `name`."
+    if kept.dtype != torch.int64 or kept.ndim != 2 or len(kept) != n_images or not kept.shape[1]:
+        raise ValueError(f'{name} gave {kept.dtype} {list(kept.shape)}; it must be int64 [{n_images},K] with K patches, 1 or more, for each image')
+    if kept.min() < 0 or kept.max() >= n_patches or (kept.diff(dim=1) <= 0).any():
+        raise ValueError(f'{name} must hold patch numbers 0 to {n_patches-1} in every row, ascending and none twice')
+    return kept
 
 def gather_tokens(x: Tensor, keep: Tensor) -> Tensor:
     "[CLS] and the patches `keep` [B,K] (0 = first patch) of tokens x [B,N,D]: [B,K+1,D]."
@@ -103,7 +121,15 @@ def most_attended(scores: Tensor, ratio: float) -> Tensor:
     n = scores.shape[1]
     return scores.topk(n-int(n*ratio), dim=1).indices.sort(dim=1).values
 
-# %% ../nbs/05_backbone.ipynb #64dc3d8c
+def least_attended(scores: Tensor, ratio: float) -> Tensor:
+    "The inverse rule: the int(n*ratio) *highest* of scores [B,n] go. Shows whether the kept patches matter."
+    return most_attended(-scores, ratio)
+
+def random_patches(gen: torch.Generator):
+    "A rule for `encode` that drops int(n*ratio) patches of each image by chance, drawn from `gen`."
+    return lambda scores, ratio: most_attended(torch.rand(scores.shape, generator=gen).to(scores.device), ratio)
+
+# %% ../nbs/05_backbone.ipynb #1a876db3
 @dataclass
 class Encoded:
     "features [B,D_out]; kept: patch numbers that survived [B,K]; tokens: residual stream after each layer, if asked for."
@@ -113,7 +139,9 @@ class Encoded:
 
 def embed_patches(backbone: Backbone, images: Tensor) -> Tensor:
     "Patches of normalised images [B,3,H,W], with positions, [CLS] first: [B,N,D]."
-    w = backbone.weights
+    w, sides = backbone.weights, images.shape[-2:]
+    if any(side % backbone.patch for side in sides):
+        raise ValueError(f'images of {tuple(sides)} pixels do not divide into patches of {backbone.patch}; resize them')
     x = F.conv2d(images, w['conv1.weight'], w.get('conv1.bias'), stride=backbone.patch).flatten(2).transpose(1, 2)
     if x.shape[1] != backbone.n_patches:
         raise ValueError(f'images of {tuple(images.shape[-2:])} give {x.shape[1]} patches; {backbone.name} has positions for {backbone.n_patches}. Resize them.')
@@ -140,7 +168,7 @@ def mlp(backbone: Backbone, x: Tensor, layer: int) -> Tensor:
     h = F.gelu(h) if backbone.act == 'gelu' else h*torch.sigmoid(1.702*h)
     return F.linear(h, w[at+'c_proj.weight'], w[at+'c_proj.bias'])
 
-# %% ../nbs/05_backbone.ipynb #359930a4
+# %% ../nbs/05_backbone.ipynb #a4a5295e
 def encode(backbone: Backbone, images: Tensor, lora: LoRA | None = None, plan: dict | None = None, keep: Tensor | None = None,
            select=most_attended, with_tokens: bool = False) -> Encoded:
     """Features of normalised images [B,3,H,W].
@@ -149,10 +177,10 @@ def encode(backbone: Backbone, images: Tensor, lora: LoRA | None = None, plan: d
     enter at all, chosen after embedding and position (sparse tokens, Sec. 4.3). select(scores [B,n], ratio) -> places that stay."""
     if lora is not None and lora.size and len(images) % lora.size:
         raise ValueError(f'{len(images)} images cannot be split into {lora.size} equal groups, one for each LoRA')
-    plan = check_plan(plan, backbone.layers, backbone.n_patches)
+    plan = check_plan(plan, backbone.layers)
     x, w, tokens = embed_patches(backbone, images), backbone.weights, []
-    kept = torch.arange(backbone.n_patches, device=x.device).expand(len(x), -1) if keep is None else keep
-    if keep is not None: x = gather_tokens(x, keep)
+    kept = torch.arange(backbone.n_patches, device=x.device).expand(len(x), -1)
+    if keep is not None: x = gather_tokens(x, kept := check_kept('keep', keep.to(x.device), len(x), backbone.n_patches))
     x = norm(backbone, x, 'ln_pre')
     for layer in range(backbone.layers):
         at = f'transformer.resblocks.{layer}.'
@@ -160,7 +188,7 @@ def encode(backbone: Backbone, images: Tensor, lora: LoRA | None = None, plan: d
         mixed = attend(q, k, v).transpose(1, 2).reshape(x.shape)
         x = x+F.linear(mixed, w[at+'attn.out_proj.weight'], w[at+'attn.out_proj.bias'])
         if layer in plan:
-            stay = select(cls_scores(q.detach(), k.detach()), plan[layer])
+            stay = check_kept('select', select(cls_scores(q.detach(), k.detach()), plan[layer]), len(x), kept.shape[1])
             x, kept = gather_tokens(x, stay), kept.gather(1, stay)
         x = x+mlp(backbone, norm(backbone, x, at+'ln_2'), layer)
         if with_tokens: tokens.append(x)

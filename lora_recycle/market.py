@@ -18,15 +18,15 @@ from .core import check_int, generator
 from .data import ImageSet
 from .lora import LoRA, new_lora
 
-# %% ../nbs/07_market.ipynb #2b98bcbe
+# %% ../nbs/07_market.ipynb #69d36bf7
 @dataclass(frozen=True)
 class MarketConfig:
     "How the market is tuned. Rank 4 on q and v, Adam 1e-3 as in the paper's code; 80 % of a class's images are for tuning, the rest checks."
     n_loras: int = 100
     way: int = 5
     rank: int = 4
-    steps: int = 60
-    batch: int = 40       # images a LoRA and step
+    steps: int = 40
+    batch: int = 64       # images a LoRA and step
     lr: float = 1e-3
     train_share: float = .8
 
@@ -42,9 +42,13 @@ class Market:
     classes: Tensor
     accuracy: Tensor
 
-    def tensors(self) -> dict[str, Tensor]: return {**self.lora.tensors(), 'classes': self.classes, 'accuracy': self.accuracy}
+    def tensors(self) -> dict[str, Tensor]:
+        "All tensors by name, for a file or the cache."
+        return {**self.lora.tensors(), 'classes': self.classes, 'accuracy': self.accuracy}
     @staticmethod
-    def from_tensors(t: dict[str, Tensor]) -> 'Market': return Market(LoRA(t['A'], t['B'], t['W'], t['b']), t['classes'], t['accuracy'])
+    def from_tensors(t: dict[str, Tensor]) -> 'Market':
+        "The market whose `tensors` are `t`."
+        return Market(LoRA(t['A'], t['B'], t['W'], t['b']), t['classes'], t['accuracy'])
 
 # %% ../nbs/07_market.ipynb #bcd4ac40
 def head_logits(features: Tensor, lora: LoRA) -> Tensor:
