@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['prototype_logits', 'DistillConfig', 'rate_at', 'recolour', 'augment', 'draw_tasks', 'teacher_log_probs', 'task_loss',
-           'distill']
+           'first_lora', 'distill']
 
-# %% ../nbs/09_distill.ipynb #34cb0f44
+# %% ../nbs/09_distill.ipynb #e386f03d
 import math
 from dataclasses import dataclass, replace
 
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .backbone import Backbone, encode, normalise
 from .core import check_choice, check_int
 from .inversion import affine_view
-from .lora import LoRA, new_lora, only_layers
+from .lora import LoRA, average_products, new_lora, only_layers, truncate_rank
 from .market import head_logits
 
 # %% ../nbs/09_distill.ipynb #7c71dfe8
@@ -28,7 +28,7 @@ def prototype_logits(support: Tensor, query: Tensor, distance: str = 'plain') ->
     squared = gap.square().sum(-1)
     return -squared if distance == 'squared' else -(squared+1e-6).sqrt()   # the small term: sqrt has no gradient at 0
 
-# %% ../nbs/09_distill.ipynb #72be1d77
+# %% ../nbs/09_distill.ipynb #7418218e
 @dataclass(frozen=True)
 class DistillConfig:
     "Meta-training (Sec. 4.2). Defaults are the paper's: Adam 1e-3 in cycles of 100 steps (25 warm-up from 1e-5, then cosine), one task a step, flips."
@@ -45,6 +45,7 @@ class DistillConfig:
     mix: float = .5           # probability of a step on mixed tasks (Eq. 4); the others are Eq. 3
     distance: str = 'plain'
     layers: tuple = ()        # layers that learn; () = all
+    start: str = 'zero'       # 'zero': a new LoRA; 'average': the mean product of the teachers, cut to `rank`
     flip: float = .5          # probability of a mirrored image
     affine: float = 0.        # strength of random rotation, scale and shift
     colour: float = 0.        # strength of random recolouring
@@ -52,7 +53,7 @@ class DistillConfig:
     def __post_init__(self):
         for name in ('steps', 'tasks', 'shot', 'n_query', 'rank', 'cycle'): check_int(name, getattr(self, name), 1)
         check_int('way', self.way, 2); check_int('warmup', self.warmup, 0, self.cycle-1)
-        check_choice('distance', self.distance, ('plain', 'squared'))
+        check_choice('distance', self.distance, ('plain', 'squared')); check_choice('start', self.start, ('zero', 'average'))
         if not 0 <= self.mix <= 1: raise ValueError(f'mix={self.mix!r} must lie in [0, 1]')
 
 def rate_at(step: int, config: DistillConfig) -> float:
@@ -121,17 +122,21 @@ def task_loss(backbone: Backbone, lora: LoRA, teachers: LoRA, images: Tensor, ke
         loss = F.kl_div(logits.log_softmax(-1).flatten(0, 2), teacher.flatten(0, 2), log_target=True, reduction='batchmean')
     return loss, (logits.argmax(-1) == labels).float().mean()
 
-# %% ../nbs/09_distill.ipynb #09acf06e
+# %% ../nbs/09_distill.ipynb #340ae457
+def first_lora(backbone: Backbone, teachers: LoRA, config: DistillConfig, gen: torch.Generator) -> LoRA:
+    "Where meta-training starts, at `config.rank`: see `DistillConfig.start`."
+    if config.start == 'average': return truncate_rank(average_products(teachers), config.rank)
+    return new_lora(backbone.layers, backbone.width, config.rank, gen)
+
 def distill(backbone: Backbone, teachers: LoRA, images: Tensor, config: DistillConfig, gen: torch.Generator,
-            kept: Tensor | None = None, start: LoRA | None = None) -> tuple[LoRA, Tensor]:
+            kept: Tensor | None = None) -> tuple[LoRA, Tensor]:
     """Meta-train one LoRA on pool images uint8 [M,way,n,3,H,W], on the patches `kept` [M,way,n,K] only if given.
 
-    Starts from `start`, a new LoRA if None. Returns the meta-LoRA and its curve [steps,4]: step, mixed (0/1), loss, query accuracy."""
+    Returns the meta-LoRA and its curve [steps,4]: step, mixed (0/1), loss, query accuracy."""
     size, pool = images.shape[:3], images.flatten(0, 2)
     patches = None if kept is None else kept.flatten(0, 2).to(backbone.device)
     learn = config.layers or tuple(range(backbone.layers))
-    start = start or new_lora(backbone.layers, backbone.width, config.rank, gen)
-    lora = LoRA(start.A, start.B).map(lambda t: t.clone().to(backbone.device).requires_grad_())
+    lora = first_lora(backbone, teachers, config, gen).map(lambda t: t.clone().to(backbone.device).requires_grad_())
     teachers, curve = teachers.map(lambda t: t.to(backbone.device)), []
     opt = torch.optim.Adam(lora.tensors().values(), lr=config.lr)
     for step in tqdm(range(config.steps), desc='meta-train', leave=False):

@@ -1,0 +1,134 @@
+"The whole chain through the real papermill command line: complete, repeatable, resumable after a kill, clear about bad input."
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from lora_recycle.core import Cache
+from lora_recycle.pipeline import METHODS, TABLES
+from lora_recycle.results import TIME_COLUMNS, read_episodes, read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+PAPERMILL = [sys.executable, '-m', 'papermill']
+
+
+def command(folder, **parameters):
+    "The papermill command for a smoke run that writes below `folder`"
+    values = dict(scale='smoke', out_dir=folder/'results', cache_dir=folder/'cache') | parameters
+    return [*PAPERMILL, 'nbs/run_table.ipynb', str(folder/'out.ipynb'), '--no-progress-bar', *(w for k, v in values.items() for w in ('-p', k, str(v)))]
+
+def papermill(folder, **parameters):
+    "Run it to its end: exit status and what it said"
+    done = subprocess.run(command(folder, **parameters), cwd=ROOT, capture_output=True, text=True, timeout=900)
+    return done.returncode, done.stdout+done.stderr
+
+def rows_of(folder):
+    "The rows of the run in `folder`, without what depends on the clock"
+    return read_rows(folder/'results'/'in_domain').drop(columns=list(TIME_COLUMNS))
+
+def outcomes(folder):
+    "(kind, digest) -> outcome of every stage of the last finished run"
+    stages = json.loads((folder/'results/in_domain/run.json').read_text())['stages']
+    found = {}
+    for s in stages: found.setdefault((s['kind'], s['digest']), s['outcome'])
+    return found
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    "A folder in which the smoke table was made from an empty cache"
+    folder = tmp_path_factory.mktemp('finished')
+    code, said = papermill(folder)
+    assert code == 0, said[-3000:]
+    return folder
+
+def test_the_table_is_complete(finished):
+    rows = read_rows(finished/'results'/'in_domain')
+    assert len(rows) == len(TABLES['in_domain'])*2*len(METHODS)
+    assert rows['value'].between(0, 100).all() and (rows['n_tasks'] == 20).all() and (rows['scale'] == 'smoke').all()
+    assert {p.name for p in (finished/'results/in_domain').iterdir()} >= {'rows.csv', 'table.md', 'run.json', 'episodes.npz', 'accuracy.png', 'images.png', 'curves.png'}
+    page = (finished/'results/in_domain/table.md').read_text()
+    assert '89.69' in page and 'LoRA Recycle − NN' in page            # the paper's number, and our gain
+    record = json.loads((finished/'results/in_domain/run.json').read_text())
+    assert record['command'].startswith('papermill nbs/run_table.ipynb') and record['environment']['versions']['torch']
+
+def test_episodes_give_the_rows_back(finished):
+    rows, episodes = read_rows(finished/'results'/'in_domain'), read_episodes(finished/'results'/'in_domain')
+    for r in rows.itertuples(): assert episodes[f'{r.dataset}|{r.shot}|{r.method}|{r.variant}'].mean() == pytest.approx(r.value, abs=1e-9)
+
+def test_two_runs_from_empty_caches_agree(finished, tmp_path):
+    code, said = papermill(tmp_path)
+    assert code == 0, said[-3000:]
+    pd.testing.assert_frame_equal(rows_of(finished), rows_of(tmp_path), check_exact=True)
+
+def test_damaged_entries_are_named_and_rebuilt(finished):
+    before = rows_of(finished)
+    broken = [random.Random(k).choice(sorted((finished/'cache'/k).iterdir())) for k in ('inverted', 'meta', 'answers')]
+    for entry in broken:
+        data = entry/'data.safetensors'
+        data.write_bytes(data.read_bytes()[:-7])
+    code, said = papermill(finished)
+    assert code == 0, said[-3000:]
+    pd.testing.assert_frame_equal(before, rows_of(finished), check_exact=True)
+    assert outcomes(finished)['answers', broken[2].name] == 'rebuilt'
+    executed = (finished/'out.ipynb').read_text()
+    assert broken[2].name in executed and 'is damaged' in executed
+
+@pytest.mark.parametrize('stage', ['market', 'inverted', 'meta', 'answers'])
+def test_a_killed_run_resumes(finished, tmp_path, stage):
+    "kill -9, at a random moment after the first entry of `stage`; the next run repeats nothing that was finished"
+    process = subprocess.Popen(command(tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.time()+600
+    while not list((tmp_path/'cache').glob(f'{stage}/*/manifest.json')) and time.time() < deadline and process.poll() is None: time.sleep(.02)
+    time.sleep(random.random()*1.5)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = {(p.parent.parent.name, p.parent.name) for p in (tmp_path/'cache').glob('*/*/manifest.json')}
+    assert any(kind == stage for kind, _ in done)
+    code, said = papermill(tmp_path)
+    assert code == 0, said[-3000:]
+    now = outcomes(tmp_path)
+    assert all(now.get(key, 'hit') == 'hit' for key in done)
+    pd.testing.assert_frame_equal(rows_of(finished), rows_of(tmp_path), check_exact=True)
+
+def test_a_full_cache_makes_nothing(finished):
+    code, said = papermill(finished)
+    assert code == 0, said[-3000:]
+    assert set(outcomes(finished).values()) == {'hit'}
+
+
+@pytest.mark.parametrize('parameters, words', [
+    (dict(table='nonsense'), ["table='nonsense'", "'in_domain'"]),
+    (dict(scale='embeded'), ["scale='embeded'", "Did you mean 'embedded'"]),
+    (dict(tabel='in_domain'), ["'tabel'", "Did you mean 'table'"]),
+    (dict(seed='one'), ["seed='one'", 'must be a int']),
+    (dict(seed=-1), ['seed=-1', '0 or more']),
+    (dict(device='gpu'), ["device='gpu'", "'cpu'"]),
+    (dict(cache_dir='/proc/nothing/here'), ['cache_dir', 'Set cache_dir to a folder'])])
+def test_bad_parameters_end_before_any_work(tmp_path, parameters, words):
+    code, said = papermill(tmp_path, **parameters)
+    assert code != 0
+    for word in words: assert word in said, said[-1500:]
+    assert not (tmp_path/'results'/'in_domain'/'rows.csv').exists() and not list((tmp_path/'cache').glob('*/*'))
+
+def test_a_missing_font_is_named(monkeypatch, tmp_path):
+    import matplotlib
+    from lora_recycle.glyphs import font_dir
+    monkeypatch.setattr(matplotlib, 'get_data_path', lambda: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match='DejaVuSans.ttf.*Reinstall matplotlib'): font_dir()
+
+def test_a_truncated_weight_file_is_named(monkeypatch, tmp_path):
+    import shutil
+    from lora_recycle import miniature
+    shutil.copytree(miniature.asset_dir(), tmp_path/'miniature')
+    damaged = tmp_path/'miniature'/'clip.safetensors'
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    monkeypatch.setattr(miniature, 'asset_dir', lambda: tmp_path/'miniature')
+    with pytest.raises(ValueError, match='clip.safetensors is damaged'): miniature.load_miniature()
