@@ -7,7 +7,7 @@ __all__ = ['VIT_B16', 'VIT_B32', 'FRESH', 'PLANS', 'SPARSITIES', 'ViTShape', 'sh
            'tokens_per_layer', 'flops_g', 'flops_true_g', 'inversion_step', 'meta_step', 'random_prior', 'interleaved',
            'compare', 'peak_memory', 'fresh_step', 'cost_rows']
 
-# %% ../nbs/13_cost.ipynb #fac569be
+# %% ../nbs/13_cost.ipynb #53f13a5f
 import ast
 import importlib
 import json
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from .backbone import Backbone, check_plan, encode, normalise
 from .core import check_choice, check_int, generator
 from .distill import DistillConfig, augment, prototype_logits
-from .inversion import InvertConfig, inversion_losses, random_view, start_images
+from .inversion import Canvas, InvertConfig, inversion_losses, random_view
 from .lora import new_lora
 
 # %% ../nbs/13_cost.ipynb #4facc3a2
@@ -90,7 +90,7 @@ def random_backbone(shape:ViTShape,
     w |= biases | {f"{n}.weight": torch.ones(D) for n in norms} | {f"{n}.bias": torch.zeros(D) for n in norms}
     return Backbone(f"{shape.name} (random weights)", w, shape.heads, shape.patch, act)
 
-# %% ../nbs/13_cost.ipynb #788d8f34
+# %% ../nbs/13_cost.ipynb #3b7d183d
 def n_left(n:int,       # patches
            ratio:float, # share of them that goes, [0, 1)
           )->int:
@@ -103,7 +103,7 @@ def tokens_per_layer(shape:ViTShape,
                     )->list:          # for each layer (tokens in attention, tokens in MLP), [CLS] included
     "Tokens that each half of each layer works on; ValueError for an illegal plan or `n_in`"
     n = shape.n_patches if n_in is None else check_int("n_in", n_in, 1, shape.n_patches)
-    plan, tokens = check_plan(plan, shape.layers, n), []
+    plan, tokens = check_plan(plan, shape.layers), []
     for layer in range(shape.layers):
         before, n = n, n_left(n, plan.get(layer, 0))
         tokens.append((before+1, n+1))
@@ -133,7 +133,7 @@ def flops_true_g(shape:ViTShape,
         if layer in (plan or {}): macs += n*D
     return 2*(macs + D*shape.out_dim)/1e9
 
-# %% ../nbs/13_cost.ipynb #5edbc474
+# %% ../nbs/13_cost.ipynb #23fe84eb
 def inversion_step(backbone:Backbone,
                    prior:nn.Module, # batch-norm network of Eq. 2; None: cross-entropy only
                    batch:int,       # images
@@ -148,14 +148,14 @@ def inversion_step(backbone:Backbone,
     head = dict(W=torch.randn(1, shape.out_dim, way, generator=gen)/shape.out_dim**.5, b=torch.zeros(1, way))
     lora = replace(new_lora(shape.layers, shape.width, 4, gen, n=1), **head).map(lambda t: t.to(device))
     labels = (torch.arange(batch) % way).to(device)
-    low, high = (normalise(torch.full((1, 3, 1, 1), v), backbone) for v in (0., 1.))
-    x = start_images((batch, 3, shape.side, shape.side), config, gen).to(device).clamp(low, high).requires_grad_()
+    canvas = Canvas(batch, shape.side, config, backbone, gen)
+    x = canvas.start.requires_grad_()
     opt = torch.optim.Adam([x], lr=config.lr, betas=(.5, .99))
     def step():
-        loss, _, _ = inversion_losses(backbone, lora, random_view(x, config, gen), labels, config, plan, prior, None)
+        loss, _, _ = inversion_losses(backbone, lora, random_view(canvas.images(x), config, gen), labels, config, plan, prior, None)
         (x.grad,) = torch.autograd.grad(loss.sum(), x)
         opt.step()
-        with torch.no_grad(): x.clamp_(low, high)
+        with torch.no_grad(): canvas.clamp_(x)
         return loss.detach().sum()
     return step
 
@@ -276,14 +276,14 @@ def _step(backbone, prior, batch, plan=None, sparsity=None):
     "The step of inversion if there is a plan, else of meta-training"
     return meta_step(backbone, batch, sparsity) if plan is None else inversion_step(backbone, prior, batch, plan)
 
-# %% ../nbs/13_cost.ipynb #8d4d35cf
+# %% ../nbs/13_cost.ipynb #738000a1
 PLANS = ({0: 0.}, {11: .75}, {8: .75}, {6: .75}, {3: .3, 6: .3, 8: .3, 11: .3}, {6: .3, 8: .3, 11: .3})    # the first five are the paper's
 SPARSITIES = (0., .25, .5, .75)
 
 def _groups(table, plans, shape):
     "The runs of `table` that take turns, the dense one first: (method, variant, arguments of the step) in lists"
     if table == "sparsity": return [[("LoRA Recycle" + (f"_{s*100:.0f}" if s else ""), "", dict(sparsity=s)) for s in SPARSITIES]]
-    for plan in plans: check_plan(plan, shape.layers, shape.n_patches)
+    for plan in plans: check_plan(plan, shape.layers)
     names = ((True, "LoRA Recycle"), (False, "LoRA Recycle without R_BN"))
     return [[(name, str(plan), dict(plan=plan, with_prior=prior)) for plan in plans] for prior, name in names]
 

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['TYPEFACES', 'IMAGE_SIZE', 'MASK_SIZE', 'BLOCKS', 'PALETTE', 'font_dir', 'typeface', 'coverage', 'Glyph',
            'block_glyphs', 'draw_mask', 'signatures', 'without_lookalikes', 'base_classes', 'glyph_classes', 'Look',
-           'colour_pairs', 'uniform', 'poses', 'warp', 'gaussian_blur', 'strokes', 'paint', 'render', 'face_words',
-           'caption']
+           'colour_pairs', 'warp', 'gaussian_blur', 'render', 'face_words', 'caption']
 
-# %% ../nbs/01_glyphs.ipynb #b8e0ed76
-import os, unicodedata
+# %% ../nbs/01_glyphs.ipynb #2592ad18
+import unicodedata
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -174,17 +173,17 @@ def colour_pairs(contrast: float) -> Tensor:
     luma = rgb @ torch.tensor([.299, .587, .114])
     return ((luma[:, None]-luma[None]).abs() >= contrast).nonzero()
 
-# %% ../nbs/01_glyphs.ipynb #f249a8b8
-def uniform(shape: tuple, low: float, high: float, gen: torch.Generator) -> Tensor:
+# %% ../nbs/01_glyphs.ipynb #97138b73
+def _uniform(shape: tuple, low: float, high: float, gen: torch.Generator) -> Tensor:
     "float32 tensor of `shape`, uniform in [low, high)."
     return torch.rand(shape, generator=gen)*(high-low)+low
 
-def poses(n: int, look: Look, gen: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def _poses(n: int, look: Look, gen: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     "Projective matrices [n,3,3] from output to mask coordinates, with the angle (degrees) [n] and size [n] drawn for each."
-    angle = uniform((n,), -look.rotate, look.rotate, gen)
-    size = uniform((n,), *look.scale, gen)
-    shear, px, py = (uniform((n,), -r, r, gen) for r in (look.shear, look.perspective, look.perspective))
-    shift = uniform((n, 2), -2*look.shift, 2*look.shift, gen)
+    angle = _uniform((n,), -look.rotate, look.rotate, gen)
+    size = _uniform((n,), *look.scale, gen)
+    shear, px, py = (_uniform((n,), -r, r, gen) for r in (look.shear, look.perspective, look.perspective))
+    shift = _uniform((n, 2), -2*look.shift, 2*look.shift, gen)
     a = torch.deg2rad(angle)
     m = torch.zeros(n, 3, 3)
     m[:, 0, 0], m[:, 0, 1], m[:, 0, 2] = a.cos()/size, (a.sin()+shear)/size, shift[:, 0]
@@ -210,8 +209,8 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
     x = F.conv2d(F.conv2d(x, taps.view(-1, 1, 1, 7), groups=B*C), taps.view(-1, 1, 7, 1), groups=B*C)
     return x.view(B, C, h, w)
 
-# %% ../nbs/01_glyphs.ipynb #81183d82
-def strokes(masks: Tensor, look: Look, gen: torch.Generator) -> Tensor:
+# %% ../nbs/01_glyphs.ipynb #13c80744
+def _strokes(masks: Tensor, look: Look, gen: torch.Generator) -> Tensor:
     "Thinned or outlined copies of masks [B,1,48,48] in [0,1], each with the probability that `look` gives."
     B = len(masks)
     thin, outline = torch.rand(B, generator=gen) < look.thin, torch.rand(B, generator=gen) < look.outline
@@ -221,7 +220,7 @@ def strokes(masks: Tensor, look: Look, gen: torch.Generator) -> Tensor:
         masks = torch.where(outline[:, None, None, None], contour, masks)
     return masks
 
-def paint(ink: Tensor, look: Look, gen: torch.Generator) -> tuple[Tensor, Tensor]:
+def _paint(ink: Tensor, look: Look, gen: torch.Generator) -> tuple[Tensor, Tensor]:
     "Colours for ink [B,1,h,w]: images [B,3,h,w] and the palette indices (ink, ground) [B,2]."
     B, _, h, w = ink.shape
     pairs = colour_pairs(look.contrast)
@@ -236,21 +235,21 @@ def paint(ink: Tensor, look: Look, gen: torch.Generator) -> tuple[Tensor, Tensor
     ground = rgb[:, 1, :, None, None]+tilt*tint
     return ground+(rgb[:, 0, :, None, None]-ground)*ink, chosen
 
-# %% ../nbs/01_glyphs.ipynb #73e42e9c
+# %% ../nbs/01_glyphs.ipynb #d5fa1c5b
 def render(masks: Tensor, look: Look, gen: torch.Generator, side: int = IMAGE_SIZE) -> tuple[Tensor, dict[str, Tensor]]:
     """Images of glyph masks in a look.
 
     masks: uint8 [B,48,48]. Returns float32 images [B,3,side,side] in [0,1] and what was drawn: `ink`, `ground`
     (palette indices [B]), `angle` (degrees [B]), `size` [B]."""
     B = len(masks)
-    matrices, angle, size = poses(B, look, gen)
-    ink = warp(strokes(masks[:, None].float()/255, look, gen), matrices, side)
-    images, colours = paint(ink, look, gen)
+    matrices, angle, size = _poses(B, look, gen)
+    ink = warp(_strokes(masks[:, None].float()/255, look, gen), matrices, side)
+    images, colours = _paint(ink, look, gen)
     if look.low_res:
         small = F.interpolate(images, size=(look.low_res,)*2, mode='area')
         images = F.interpolate(small, size=(side, side), mode='bilinear', align_corners=False)
-    if look.blur: images = gaussian_blur(images, uniform((B,), 0, look.blur, gen))
-    if look.noise: images = images+torch.randn(images.shape, generator=gen)*uniform((B, 1, 1, 1), 0, look.noise, gen)
+    if look.blur: images = gaussian_blur(images, _uniform((B,), 0, look.blur, gen))
+    if look.noise: images = images+torch.randn(images.shape, generator=gen)*_uniform((B, 1, 1, 1), 0, look.noise, gen)
     return images.clamp(0, 1), dict(ink=colours[:, 0], ground=colours[:, 1], angle=angle, size=size)
 
 # %% ../nbs/01_glyphs.ipynb #80304e83

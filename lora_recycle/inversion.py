@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['bn_prior', 'token_prior', 'total_variation', 'InvertConfig', 'affine_view', 'random_view', 'Canvas',
-           'inversion_losses', 'Best', 'Inverted', 'stored', 'invert']
+           'inversion_losses', 'Best', 'Inverted', 'invert']
 
 # %% ../nbs/08_inversion.ipynb #610118c9
 import math
@@ -142,7 +142,7 @@ class Best:
         self.loss = torch.where(better, loss, self.loss)
         self.images = torch.where(better.repeat_interleave(len(images)//len(loss)).view(-1, 1, 1, 1), images, self.images)
 
-# %% ../nbs/08_inversion.ipynb #f54b3361
+# %% ../nbs/08_inversion.ipynb #b9aa2e1b
 @dataclass(frozen=True)
 class Inverted:
     "Images uint8 [M,way,n,3,H,W], surviving patches [M,way,n,K], best loss [M], share of the images that the teacher gets right [M]."
@@ -152,7 +152,7 @@ class Inverted:
     accuracy: Tensor
 
 @torch.no_grad()
-def stored(backbone: Backbone, lora: LoRA, best: Best, labels: Tensor, config: InvertConfig) -> Inverted:
+def _stored(backbone: Backbone, lora: LoRA, best: Best, labels: Tensor, config: InvertConfig) -> Inverted:
     "What is kept of an inversion: images rounded to 8 bit, and what the teacher says about these."
     pixels = (denormalise(best.images, backbone)*255).round().to(torch.uint8)
     out = encode(backbone, normalise(pixels, backbone), lora, plan=dict(config.plan))
@@ -160,7 +160,7 @@ def stored(backbone: Backbone, lora: LoRA, best: Best, labels: Tensor, config: I
     shape = (lora.size, lora.W.shape[-1], config.per_class)
     return Inverted(pixels.view(*shape, *pixels.shape[1:]).cpu(), out.kept.reshape(*shape, -1).cpu(), best.loss.cpu(), right.cpu())
 
-# %% ../nbs/08_inversion.ipynb #ab10d71e
+# %% ../nbs/08_inversion.ipynb #ea62b17f
 def invert(backbone: Backbone, lora: LoRA, side: int, config: InvertConfig, gen: torch.Generator,
            prior: nn.Module | None = None, stats: Tensor | None = None) -> Inverted:
     "Invert M LoRAs with heads at once into images of `side` pixels. ValueError if a prior with a weight above 0 is not given."
@@ -181,4 +181,4 @@ def invert(backbone: Backbone, lora: LoRA, side: int, config: InvertConfig, gen:
         best.update(images.detach(), loss.detach())
         opt.step()
         with torch.no_grad(): canvas.clamp_(x)
-    return stored(backbone, lora, best, labels, config)
+    return _stored(backbone, lora, best, labels, config)

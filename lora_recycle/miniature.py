@@ -6,19 +6,18 @@
 __all__ = ['CONTEXT', 'ATTRIBUTES', 'clip_config', 'prior_net', 'vocabulary', 'tokenise', 'asset_dir', 'shipped', 'load_clip',
            'load_miniature', 'load_prior', 'load_token_stats']
 
-# %% ../nbs/06_miniature.ipynb #97836b3b
+# %% ../nbs/06_miniature.ipynb #3dc219b7
 import json
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .backbone import Backbone, from_open_clip, normalise
+from .backbone import Backbone, from_open_clip
 from .core import load_tensors
-from .glyphs import BLOCKS, PALETTE, Look, draw_mask, glyph_classes, render
+from .glyphs import PALETTE, glyph_classes
 
 # %% ../nbs/06_miniature.ipynb #b1040b28
 CONTEXT = 16   # tokens of a caption
