@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-# %% ../nbs/12_plots.ipynb #70751a4b
+# %% ../nbs/12_plots.ipynb #64b0b360
 def image_rows(rows: dict[str, Tensor], title: str = '', side: float = .55) -> Figure:
     "A figure with a labelled row of images for each entry: name -> uint8 [n,3,H,W]; rows may differ in length."
     if not rows or any(t.ndim != 4 for t in rows.values()): raise ValueError('rows must map a name to images uint8 [n,3,H,W], at least one row')
@@ -24,8 +24,8 @@ def image_rows(rows: dict[str, Tensor], title: str = '', side: float = .55) -> F
         for ax in line: ax.axis('off')
         for ax, im in zip(line, images): ax.imshow(im.permute(1, 2, 0).numpy(), interpolation='nearest')
         line[0].text(-.15, .5, name, transform=line[0].transAxes, ha='right', va='center', fontsize=8)
-    fig.suptitle(title, fontsize=9)
-    fig.subplots_adjust(wspace=.05, hspace=.05)
+    fig.subplots_adjust(left=.15, right=1, bottom=0, top=.9 if title else 1, wspace=.05, hspace=.05)
+    if title: fig.suptitle(title, fontsize=9)
     return fig
 
 # %% ../nbs/12_plots.ipynb #d3b85063
