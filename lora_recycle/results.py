@@ -41,13 +41,15 @@ def _read_csv(source):
     "The rows in the csv file `source`; Python's own float gives each real back to the last bit"
     return _typed(pd.read_csv(source, dtype=str, keep_default_na=False))
 
-# %% ../nbs/10_results.ipynb #669a9e41
+# %% ../nbs/10_results.ipynb #39008b94
 def _checked(frame):
     "`frame` with `COLUMNS` in their order and types; ValueError for a missing or unknown column or a measurement given twice"
     for name in COLUMNS:
         if name not in frame: raise ValueError(f"the rows have no column {name!r}. Give all of: {', '.join(COLUMNS)}.")
     for name in frame: check_choice("column", name, COLUMNS)
     frame = _typed(frame[list(COLUMNS)])
+    for name in frame.columns.difference((*_WHOLE, *_REAL)):
+        if frame[name].str.contains("\r", regex=False).any(): raise ValueError(f"column {name!r} holds a carriage return, which a csv file cannot keep. Remove it.")
     twice = frame[frame.duplicated(list(_IDENTITY))]
     if len(twice): raise ValueError(f"measured twice: {twice.iloc[0][list(_IDENTITY)].to_dict()}. Keep one row for each measurement.")
     return frame

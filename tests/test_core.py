@@ -96,7 +96,7 @@ def test_plain_values_survive_json(x):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False, width=64), min_size=1, max_size=8),
-       st.text(string.printable + "é,\"'", max_size=12), st.sampled_from([None, 0, 1, 5, 2**40]))
+       st.text(string.printable.replace("\r", "") + "é,\"'", max_size=12), st.sampled_from([None, 0, 1, 5, 2**40]))
 def test_rows_read_back_equal(tmp_path_factory, reals, text, shot):
     folder = tmp_path_factory.mktemp("rows")
     rows = [dict(dict.fromkeys(COLUMNS, ""), method=f"{i}", variant=text, way=5, shot=shot, value=v, ci95=None, n_tasks=600, seed=0, seconds=v)
@@ -104,3 +104,7 @@ def test_rows_read_back_equal(tmp_path_factory, reals, text, shot):
     written = write_rows(folder, rows)
     pd.testing.assert_frame_equal(written, read_rows(folder), check_exact=True)
     assert np.array_equal(read_rows(folder)["value"], reals) and set(read_rows(folder)["variant"]) == {text}
+
+def test_a_carriage_return_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'variant' holds a carriage return"):
+        write_rows(tmp_path, [dict(dict.fromkeys(COLUMNS, ""), variant="a\rb", way=5, shot=1, value=1., ci95=None, n_tasks=2, seed=0, seconds=1.)])
