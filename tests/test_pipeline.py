@@ -11,7 +11,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lora_recycle.core import Cache
+from lora_recycle.core import load_tensors
+from lora_recycle.miniature import shipped
 from lora_recycle.pipeline import METHODS, TABLES
 from lora_recycle.results import TIME_COLUMNS, read_episodes, read_rows
 
@@ -132,3 +133,15 @@ def test_a_truncated_weight_file_is_named(monkeypatch, tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:1000])
     monkeypatch.setattr(miniature, 'asset_dir', lambda: tmp_path/'miniature')
     with pytest.raises(ValueError, match='clip.safetensors is damaged'): miniature.load_miniature()
+
+def test_shipped_weights_and_markets_can_be_rebuilt(tmp_path):
+    "The two commands that rebuild what ships run to their end, at a tiny size, and their files load"
+    tiny = {'pretrain': dict(n_images=512, n_prior_images=256, out_dir=tmp_path/'miniature'), 'ship_market': dict(scale='smoke', out_dir=tmp_path/'market')}
+    for name, values in tiny.items():
+        done = subprocess.run([*PAPERMILL, f'nbs/{name}.ipynb', str(tmp_path/f'{name}.ipynb'), '--cwd', 'nbs', '--no-progress-bar', *(w for k, v in values.items() for w in ('-p', k, str(v)))],
+                              cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, (done.stdout+done.stderr)[-3000:]
+    for folder in ('miniature', 'market'):
+        manifest = json.loads((tmp_path/folder/'manifest.json').read_text())
+        for file, record in manifest['files'].items(): load_tensors(tmp_path/folder/file, record['sha256'])
+    assert set(load_tensors(tmp_path/'miniature'/'clip.safetensors')) == set(shipped('clip'))
