@@ -1,6 +1,5 @@
 "The whole chain through the real papermill command line: complete, repeatable, resumable after a kill, clear about bad input."
 import json
-import os
 import random
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 
 from lora_recycle.core import load_tensors
@@ -85,11 +85,11 @@ def test_damaged_entries_are_named_and_rebuilt(finished):
 @pytest.mark.parametrize('stage', ['market', 'inverted', 'meta', 'answers'])
 def test_a_killed_run_resumes(finished, tmp_path, stage):
     "kill -9, at a random moment after the first entry of `stage`; the next run repeats nothing that was finished"
-    process = subprocess.Popen(command(tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(command(tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time()+600
     while not list((tmp_path/'cache').glob(f'{stage}/*/manifest.json')) and time.time() < deadline and process.poll() is None: time.sleep(.02)
     time.sleep(random.random()*1.5)
-    os.killpg(process.pid, signal.SIGKILL)
+    for p in (*psutil.Process(process.pid).children(recursive=True), process): p.send_signal(signal.SIGKILL)    # the kernel first: it has a session of its own
     process.wait()
     done = {(p.parent.parent.name, p.parent.name) for p in (tmp_path/'cache').glob('*/*/manifest.json')}
     assert any(kind == stage for kind, _ in done)
