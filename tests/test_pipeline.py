@@ -62,7 +62,7 @@ def test_the_table_is_complete(finished):
 
 def test_episodes_give_the_rows_back(finished):
     rows, episodes = read_rows(finished/'results'/'in_domain'), read_episodes(finished/'results'/'in_domain')
-    for r in rows.itertuples(): assert episodes[f'{r.dataset}|{r.shot}|{r.method}|{r.variant}'].mean() == pytest.approx(r.value, abs=1e-9)
+    for r in rows.itertuples(): assert episodes[f'{r.dataset}|{r.shot}|{r.method}|{r.variant}'].mean() == pytest.approx(r.value, abs=1e-5)   # rows are means in float32
 
 def test_two_runs_from_empty_caches_agree(finished, tmp_path):
     code, said = papermill(tmp_path)
