@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SPLITS', 'LOOKS', 'IN_DOMAIN', 'CROSS_DOMAIN', 'PAPER_SETS', 'ImageSet', 'deal_classes', 'load_set', 'class_splits']
 
-# %% ../nbs/02_data.ipynb #10c8bcd4
+# %% ../nbs/02_data.ipynb #dbbd44a6
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.resources import files
 
 import numpy as np
@@ -85,7 +86,8 @@ def _digits_set() -> ImageSet:
     names = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
     return ImageSet('digits', images, torch.from_numpy(data.target).long(), names, dict(train=(), val=(), test=tuple(range(10))))
 
-# %% ../nbs/02_data.ipynb #70e133b1
+# %% ../nbs/02_data.ipynb #115a11ee
+@lru_cache(maxsize=8)   # drawing a set takes seconds, and a table asks for it several times
 def load_set(name: str, per_class: int = 40) -> ImageSet:
     "An embedded image set by name (`IN_DOMAIN`, `CROSS_DOMAIN`); `per_class` (1 or more) images are drawn of each class, digits has its own."
     check_choice('name', name, (*IN_DOMAIN, *CROSS_DOMAIN))
