@@ -6,7 +6,7 @@
 __all__ = ['NATURAL', 'SCALES', 'POOLS', 'METHODS', 'BOUNDS', 'TABLES', 'Scale', 'shipped_market', 'Recycler', 'pool_images',
            'meta_lora', 'by_prototype', 'answers', 'table_row', 'make_table', 'check_parameters', 'project_folder']
 
-# %% ../nbs/14_pipeline.ipynb #1f644e6b
+# %% ../nbs/14_pipeline.ipynb #2b83fecc
 import json
 import time
 from dataclasses import dataclass, replace
@@ -15,7 +15,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Callable
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -56,7 +55,7 @@ SCALES = {
                       distill=DistillConfig(steps=60, tasks=2, n_query=3, rank=8, lr=1e-3, cycle=60, warmup=15, flip=0., affine=1.5, colour=1.3,
                                             start='average'))}
 
-# %% ../nbs/14_pipeline.ipynb #318e6b58
+# %% ../nbs/14_pipeline.ipynb #1b5e4606
 def shipped_market(name: str, key) -> dict[str, Tensor] | None:
     "The shipped market of set `name` if it was made from `key`, else None."
     folder = Path(str(files('lora_recycle')))/'assets'/'market'
@@ -91,12 +90,12 @@ class Recycler:
     @cached_property
     def inverted(self) -> dict[str, Tensor]:
         "Images uint8 [M,way,n,3,H,W], kept patches, loss and teacher accuracy (stage 2); `chunk` LoRAs at a time."
-        parts, size = [], self.scale.chunk
+        parts, size, device = [], self.scale.chunk, self.backbone.device
         for first in range(0, self.scale.market.n_loras, size):
             lora = self.market.lora[first:first+size]
             key = dict(backbone=self.backbone.digest, lora=digest(lora.tensors()), config=self.scale.invert, seed=self.seed, first=first)
             gen = generator(self.seed, 'invert', self.name, first)
-            make = lambda: vars(invert(self.backbone, lora, self.data.images.shape[-1], self.scale.invert, gen, load_prior(), load_token_stats()))
+            make = lambda: vars(invert(self.backbone, lora, self.data.images.shape[-1], self.scale.invert, gen, load_prior().to(device), load_token_stats().to(device)))
             parts.append(self.cache.get('inverted', key, make))
         return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
