@@ -7,7 +7,7 @@ __all__ = ['VIT_B16', 'VIT_B32', 'FRESH', 'PLANS', 'SPARSITIES', 'ViTShape', 'sh
            'tokens_per_layer', 'flops_g', 'flops_true_g', 'inversion_step', 'meta_step', 'random_prior', 'interleaved',
            'compare', 'peak_memory', 'fresh_step', 'cost_rows']
 
-# %% ../nbs/13_cost.ipynb #53f13a5f
+# %% ../nbs/13_cost.ipynb #4c979a65
 import ast
 import importlib
 import json
@@ -21,14 +21,13 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet50
 from tqdm import tqdm
 
-from .backbone import Backbone, check_plan, encode, normalise
+from .backbone import Backbone, check_plan, normalise
 from .core import check_choice, check_int, generator
-from .distill import DistillConfig, augment, prototype_logits
+from .distill import DistillConfig, augment, task_loss
 from .inversion import Canvas, InvertConfig, inversion_losses, random_view
 from .lora import new_lora
 
@@ -159,7 +158,7 @@ def inversion_step(backbone:Backbone,
         return loss.detach().sum()
     return step
 
-# %% ../nbs/13_cost.ipynb #53681931
+# %% ../nbs/13_cost.ipynb #790aba10
 def meta_step(backbone:Backbone,
               batch:int,          # images of one task, support and query; a multiple of `way`
               sparsity:float=0.,  # share of the patches that never enter, [0, 1); the x % of LoRA Recycle_x
@@ -177,11 +176,10 @@ def meta_step(backbone:Backbone,
     keep = places.sort(1).values.to(device) if sparsity else None
     lora = new_lora(shape.layers, shape.width, 4, gen).map(lambda t: t.to(device).requires_grad_())
     opt = torch.optim.Adam(lora.tensors().values(), lr=config.lr)
-    labels = torch.arange(way).repeat_interleave(per-shot).to(device)
     def step():
-        x = normalise(augment(images.float()/255, config, gen), backbone)
-        f = encode(backbone, x, lora, keep=keep).features.view(1, way, per, -1)
-        loss = F.cross_entropy(prototype_logits(f[:, :, :shot], f[:, :, shot:], config.distance).flatten(0, 2), labels)
+        x = normalise(augment(images.float()/255, config, gen), backbone).view(1, way, per, *images.shape[1:])
+        patches = None if keep is None else keep.view(1, way, per, -1)
+        loss, _ = task_loss(backbone, lora, None, x, patches, None, None, config, mixed=True)     # Eq. 4 asks no teacher
         opt.zero_grad()
         loss.backward()
         opt.step()

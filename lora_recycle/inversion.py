@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['bn_prior', 'token_prior', 'total_variation', 'InvertConfig', 'affine_view', 'random_view', 'Canvas',
-           'inversion_losses', 'Best', 'Inverted', 'invert']
+           'inversion_losses', 'Best', 'Inverted', 'invert', 'sparse_patches']
 
-# %% ../nbs/08_inversion.ipynb #610118c9
+# %% ../nbs/08_inversion.ipynb #a97b3fb9
 import math
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .backbone import Backbone, denormalise, encode, normalise
-from .core import check_int
+from .backbone import RULES, Backbone, denormalise, encode, most_attended, normalise, patch_rule
+from .core import check_choice, check_int
 from .lora import LoRA
 from .market import head_logits
 
@@ -55,7 +55,7 @@ def total_variation(images: Tensor, groups: int = 1) -> Tensor:
     tv = (images[..., 1:, :]-images[..., :-1, :]).square().mean((1, 2, 3))+(images[..., 1:]-images[..., :-1]).square().mean((1, 2, 3))
     return tv.view(groups, -1).mean(1)
 
-# %% ../nbs/08_inversion.ipynb #3a753d43
+# %% ../nbs/08_inversion.ipynb #86939564
 @dataclass(frozen=True)
 class InvertConfig:
     "Inversion (Sec. 4.1). Defaults are the paper's: Adam(0.5, 0.99), rate 0.25, 2000 steps, alpha_R 0.01, shift by up to 1/8, flip."
@@ -73,11 +73,13 @@ class InvertConfig:
     smooth_start: int = 0        # noise drawn at this side and enlarged; 0 = white noise, as in the paper
     plan: tuple = ()             # prune plan as ((layer, ratio), ...)
     plan_after: float = .25      # share of the steps after which the plan is on
+    rule: str = 'attention'      # which patches stay: 'attention' (the paper's), 'inverse' or 'random'
 
     def __post_init__(self):
         for name in ('steps', 'per_class'): check_int(name, getattr(self, name), 1)
         for name in ('lr', 'alpha_bn', 'alpha_tokens', 'alpha_tv', 'jitter', 'affine'):
             if not getattr(self, name) >= 0: raise ValueError(f'{name}={getattr(self, name)!r} must be 0 or more')
+        check_choice('rule', self.rule, RULES)
         if not 0 <= self.plan_after < 1: raise ValueError(f'plan_after={self.plan_after!r} must lie in [0, 1): the plan has to be on in the end')
 
 # %% ../nbs/08_inversion.ipynb #b30f5ed3
@@ -117,12 +119,12 @@ class Canvas:
         "Normalised images [n,3,H,W] of `x` [n,c,H,W]."
         return x if self.line is None else self.line[0]+self.line[1]*x
 
-# %% ../nbs/08_inversion.ipynb #09a972f9
+# %% ../nbs/08_inversion.ipynb #d286a435
 def inversion_losses(backbone: Backbone, lora: LoRA, images: Tensor, labels: Tensor, config: InvertConfig, plan: dict | None,
-                     prior: nn.Module | None, stats: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    "Losses [M] of M equal consecutive groups of normalised images [B,3,H,W], the logits [B,way], and the surviving patches [B,K]."
+                     prior: nn.Module | None, stats: Tensor | None, select=most_attended) -> tuple[Tensor, Tensor, Tensor]:
+    "Losses [M] of M equal consecutive groups of normalised images [B,3,H,W], the logits [B,way], and the surviving patches [B,K]; `select` as in `encode`."
     M = lora.size
-    out = encode(backbone, images, lora, plan=plan, with_tokens=bool(config.alpha_tokens))
+    out = encode(backbone, images, lora, plan=plan, select=select, with_tokens=bool(config.alpha_tokens))
     logits = head_logits(out.features, lora)
     loss = F.cross_entropy(logits, labels, reduction='none').view(M, -1).mean(1)
     if config.alpha_bn: loss = loss+config.alpha_bn*bn_prior(prior, images, M)
@@ -142,7 +144,7 @@ class Best:
         self.loss = torch.where(better, loss, self.loss)
         self.images = torch.where(better.repeat_interleave(len(images)//len(loss)).view(-1, 1, 1, 1), images, self.images)
 
-# %% ../nbs/08_inversion.ipynb #b9aa2e1b
+# %% ../nbs/08_inversion.ipynb #01b89050
 @dataclass(frozen=True)
 class Inverted:
     "Images uint8 [M,way,n,3,H,W], surviving patches [M,way,n,K], best loss [M], share of the images that the teacher gets right [M]."
@@ -152,15 +154,15 @@ class Inverted:
     accuracy: Tensor
 
 @torch.no_grad()
-def _stored(backbone: Backbone, lora: LoRA, best: Best, labels: Tensor, config: InvertConfig) -> Inverted:
+def _stored(backbone: Backbone, lora: LoRA, best: Best, labels: Tensor, config: InvertConfig, select) -> Inverted:
     "What is kept of an inversion: images rounded to 8 bit, and what the teacher says about these."
     pixels = (denormalise(best.images, backbone)*255).round().to(torch.uint8)
-    out = encode(backbone, normalise(pixels, backbone), lora, plan=dict(config.plan))
+    out = encode(backbone, normalise(pixels, backbone), lora, plan=dict(config.plan), select=select)
     right = (head_logits(out.features, lora).argmax(-1) == labels).float().view(lora.size, -1).mean(1)
     shape = (lora.size, lora.W.shape[-1], config.per_class)
     return Inverted(pixels.view(*shape, *pixels.shape[1:]).cpu(), out.kept.reshape(*shape, -1).cpu(), best.loss.cpu(), right.cpu())
 
-# %% ../nbs/08_inversion.ipynb #ea62b17f
+# %% ../nbs/08_inversion.ipynb #eed3e6ad
 def invert(backbone: Backbone, lora: LoRA, side: int, config: InvertConfig, gen: torch.Generator,
            prior: nn.Module | None = None, stats: Tensor | None = None) -> Inverted:
     "Invert M LoRAs with heads at once into images of `side` pixels. ValueError if a prior with a weight above 0 is not given."
@@ -169,16 +171,26 @@ def invert(backbone: Backbone, lora: LoRA, side: int, config: InvertConfig, gen:
     lora = lora.map(lambda t: t.to(backbone.device))
     M, way, plan_from = lora.size, lora.W.shape[-1], math.ceil(config.plan_after*config.steps) if config.plan else -1
     labels = torch.arange(way, device=backbone.device).repeat_interleave(config.per_class).repeat(M)
-    canvas = Canvas(len(labels), side, config, backbone, gen)
+    canvas, select = Canvas(len(labels), side, config, backbone, gen), patch_rule(config.rule, gen)
     x = canvas.start.requires_grad_()
     opt, best = torch.optim.Adam([x], lr=config.lr, betas=(.5, .99)), Best(canvas.images(x.detach()), M)
     for step in tqdm(range(config.steps), desc=f'invert {M} LoRAs', leave=False):
         if config.decay: opt.param_groups[0]['lr'] = config.lr*.5*(1+math.cos(math.pi*step/config.steps))
         if step == plan_from: best = Best(best.images, M)
         images, plan = canvas.images(x), dict(config.plan) if step >= plan_from else None
-        loss, _, _ = inversion_losses(backbone, lora, random_view(images, config, gen), labels, config, plan, prior, stats)
+        loss, _, _ = inversion_losses(backbone, lora, random_view(images, config, gen), labels, config, plan, prior, stats, select)
         (x.grad,) = torch.autograd.grad(loss.sum(), x)
         best.update(images.detach(), loss.detach())
         opt.step()
         with torch.no_grad(): canvas.clamp_(x)
-    return _stored(backbone, lora, best, labels, config)
+    return _stored(backbone, lora, best, labels, config, select)
+
+# %% ../nbs/08_inversion.ipynb #bd83a1e0
+@torch.no_grad()
+def sparse_patches(backbone: Backbone, lora: LoRA, images: Tensor, share: float, gen: torch.Generator, rule: str = 'attention') -> Tensor:
+    "Patches that stay when `share` of them go by `rule` (see `patch_rule`) in the last layer: [M,way,n,K], from images uint8 [M,way,n,3,H,W] of M LoRAs (Sec. 4.3)."
+    select, plan, kept = patch_rule(rule, gen), {backbone.layers-1: share}, []
+    for m, own in enumerate(images):
+        x = normalise(own.flatten(0, 1), backbone)
+        kept.append(encode(backbone, x, lora[m].map(lambda t: t.to(x.device)), plan, select=select).kept.view(*own.shape[:2], -1).cpu())
+    return torch.stack(kept)

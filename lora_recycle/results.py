@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'TIME_COLUMNS', 'PAPER_TABLES', 'write_rows', 'read_rows', 'paper_table', 'episode_key', 'write_episodes',
-           'read_episodes', 'paired_difference', 'wide', 'comparison', 'run_record']
+           'read_episodes', 'paired_difference', 'wide', 'comparison', 'Statement', 'verdict', 'judge',
+           'statement_page', 'run_record']
 
-# %% ../nbs/10_results.ipynb #3265072c
+# %% ../nbs/10_results.ipynb #852e11b8
 import importlib.resources
 import io
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -140,8 +142,9 @@ def wide(rows,           # like `read_rows` or `paper_table` gives them; one sca
             half["average", shot] = (half[each]**2).sum(axis=1, skipna=False)**.5/len(each)
     return value, half
 
-# %% ../nbs/10_results.ipynb #ec1f30d4
-_LOWER_IS_BETTER = ("flops_g", "gpu_mem_gb")
+# %% ../nbs/10_results.ipynb #6d5a2456
+_LOWER_IS_BETTER = {name + end for name in ("flops_g", "flops_true_g", "peak_mem_mb", "gpu_mem_gb", "seconds_per_task", "diverged")
+                    for end in ("", "_ratio")}
 
 def _number(value, half=np.nan, sign=""):
     "`value` ± `half` with two decimals; empty if it was not measured"
@@ -193,7 +196,7 @@ def _gain(value, ours, base, episodes):
         cells.append(_number(difference, half, "+"))
     return cells
 
-# %% ../nbs/10_results.ipynb #03dcc020
+# %% ../nbs/10_results.ipynb #af830bb3
 def _section(rows, gains, bounds=(), episodes=None, average=True):
     "The markdown table of `rows`, with a line for each pair of methods in `gains` that it holds"
     value, half = wide(rows, average)
@@ -201,6 +204,11 @@ def _section(rows, gains, bounds=(), episodes=None, average=True):
     for ours, base in gains:
         if ours in value.index and base in value.index: text.loc[f"{ours} − {base}"] = _gain(value, ours, base, episodes)
     return _markdown(text)
+
+def _sections(rows, *how):
+    "One `_section` for each backbone in `rows`, under its name if there are several: costs may be measured on another one"
+    parts = dict(list(rows.groupby("backbone", sort=False)))
+    return "\n".join((f"### {name}\n\n" if len(parts) > 1 else "") + _section(part, *how) for name, part in parts.items())
 
 def comparison(rows,                             # of one table, one scale and one seed, see `read_rows`
                episodes:dict=None,               # of the same run, see `read_episodes`: intervals for the gains
@@ -213,16 +221,53 @@ def comparison(rows,                             # of one table, one scale and o
     for name in ("table", "scale", "seed"):
         if rows[name].nunique() != 1: raise ValueError(f"the rows hold {name} = {sorted(set(rows[name]))}. Select one of them: a table mixes none.")
         one[name] = rows[name].iloc[0]
-    several = lambda name: ", ".join(map(str, dict.fromkeys(rows[name])))
+    several = lambda name: ", ".join(map(str, dict.fromkeys(rows[name].dropna())))
     theirs = paper_table(PAPER_TABLES[check_choice("table", one["table"], PAPER_TABLES)])
     other = "" if set(rows["dataset"]) & set(theirs["dataset"]) else ", other data sets: not comparable number by number"
     backbone = ", ".join(b.removesuffix(" (CLIP)") for b in theirs["backbone"].unique())
     apart = " Rows in *italics* are bounds, not rivals." if len(bounds) else ""
     return (f"# {title or one['table']}\n\nScale `{one['scale']}`, backbone {several('backbone')}, {several('way')}-way, {several('n_tasks')} tasks "
             f"a cell, seed {one['seed']}. Accuracies in percent, mean ± half of the 95 % interval over tasks; gains are taken task by task. "
-            f"The intervals do not hold the spread between training seeds. **Best**, <u>second</u>.{apart}\n\n" + _section(rows, gains, bounds, episodes)
+            f"The intervals do not hold the spread between training seeds. **Best**, <u>second</u>.{apart}\n\n" + _sections(rows, gains, bounds, episodes)
             + f"\n## In the paper ({backbone}{other})\n\nTable {PAPER_TABLES[one['table']]} as printed, without intervals; differences between "
               "its lines are computed here.\n\n" + _section(theirs, gains, average=False))
+
+# %% ../nbs/10_results.ipynb #a1478010
+@dataclass(frozen=True)
+class Statement:
+    "`ours` is more than `margin` points above `base`; both are labels as in `wide`: a method, or 'method, variant'."
+    text: str
+    ours: str
+    base: str
+    margin: float = 0.
+
+def verdict(difference:float, half:float, margin:float=0.)->str:
+    "What an interval `difference` ± `half` says of a statement with `margin`: 'holds', 'does not hold' or 'cannot be told'"
+    if difference - half > margin: return "holds"
+    return "does not hold" if difference + half < margin else "cannot be told"
+
+def judge(statements,      # of `Statement`
+          rows,            # of one table, with the accuracies of both methods
+          episodes:dict,   # of the same run, see `read_episodes`
+         )->pd.DataFrame:  # columns statement, shot, difference, ci95, verdict; one line a statement and shot
+    "Each statement on the average over the data sets, task by task; ValueError if a method is not there"
+    rows, lines = rows[rows["metric"] == "accuracy"], []
+    for s in statements:
+        for shot in rows["shot"].unique():
+            keys = [[episode_key(d, shot, *label.split(", ", 1)) for label in (s.ours, s.base)] for d in rows["dataset"].unique()]
+            for key in sum(keys, []): check_choice("method", key, episodes)
+            pairs = [paired_difference(episodes[a], episodes[b]) for a, b in keys]
+            mean, half = sum(m for m, _ in pairs)/len(pairs), math.sqrt(sum(h*h for _, h in pairs))/len(pairs)
+            lines.append(dict(statement=s.text, shot=shot, difference=mean, ci95=half, verdict=verdict(mean, half, s.margin)))
+    return pd.DataFrame(lines)
+
+
+def statement_page(judged,  # from `judge`
+                  )->str:   # markdown
+    "A section for the page of a table: each statement with what was measured and the verdict"
+    frame = judged.assign(difference=[_number(d, h, "+") for d, h in zip(judged["difference"], judged["ci95"])])
+    lines = [f"| {r.statement} | {r.shot}-shot | {r.difference} | {r.verdict} |" for r in frame.itertuples()]
+    return "\n".join(["", "## What the paper says, judged here", "", "| statement | | paired difference | verdict |", "| --- | --- | ---: | --- |", *lines, ""])
 
 # %% ../nbs/10_results.ipynb #57b67d52
 def run_record(folder,           # results/<table>; made if it is missing

@@ -13,8 +13,8 @@ import pytest
 
 from lora_recycle.core import load_tensors
 from lora_recycle.miniature import shipped
-from lora_recycle.pipeline import METHODS, TABLES
-from lora_recycle.results import TIME_COLUMNS, read_episodes, read_rows
+from lora_recycle.results import PAPER_TABLES, TIME_COLUMNS, paper_table, read_episodes, read_rows
+from lora_recycle.tables import TABLES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPERMILL = [sys.executable, '-m', 'papermill']
@@ -52,7 +52,7 @@ def finished(tmp_path_factory):
 
 def test_the_table_is_complete(finished):
     rows = read_rows(finished/'results'/'in_domain')
-    assert len(rows) == len(TABLES['in_domain'])*2*len(METHODS)
+    assert len(rows) == len(TABLES['in_domain'].runs)*2*len(TABLES['in_domain'].methods)
     assert rows['value'].between(0, 100).all() and (rows['n_tasks'] == 20).all() and (rows['scale'] == 'smoke').all()
     assert {p.name for p in (finished/'results/in_domain').iterdir()} >= {'rows.csv', 'table.md', 'run.json', 'episodes.npz', 'accuracy.png', 'images.png', 'curves.png'}
     page = (finished/'results/in_domain/table.md').read_text()
@@ -60,9 +60,23 @@ def test_the_table_is_complete(finished):
     record = json.loads((finished/'results/in_domain/run.json').read_text())
     assert record['command'].startswith('papermill nbs/run_table.ipynb') and record['environment']['versions']['torch']
 
+@pytest.mark.parametrize('table', ['pruning', 'sparsity'])
+def test_cost_tables_hold_every_row_of_the_paper(tmp_path, finished, table):
+    code, said = papermill(tmp_path, table=table, cache_dir=finished/'cache')
+    assert code == 0, said[-3000:]
+    rows = read_rows(tmp_path/'results'/table)
+    theirs = paper_table(PAPER_TABLES[table])
+    measured = rows[rows['metric'] == 'flops_g']
+    assert {(r.method, r.variant) for r in theirs.itertuples()} <= {(r.method, r.variant) for r in measured.itertuples()}
+    assert set(rows['metric']) == {'accuracy', *(m+end for m in ('flops_g', 'flops_true_g', 'throughput_its_per_s', 'peak_mem_mb') for end in ('', '_ratio'))}
+    assert sum(rows['metric'] == 'accuracy') == len(TABLES[table].runs)*2*len(TABLES[table].methods)
+    page = (tmp_path/'results'/table/'table.md').read_text()
+    assert '### random tiny' in page and page.count('| cannot be told |')+page.count('| holds |')+page.count('| does not hold |') == 2*len(TABLES[table].statements)
+    assert (tmp_path/'results'/table/'tradeoff.png').is_file()
+
 def test_episodes_give_the_rows_back(finished):
     rows, episodes = read_rows(finished/'results'/'in_domain'), read_episodes(finished/'results'/'in_domain')
-    for r in rows.itertuples(): assert episodes[f'{r.dataset}|{r.shot}|{r.method}|{r.variant}'].mean() == pytest.approx(r.value, abs=1e-5)   # rows are means in float32
+    for r in rows.itertuples(): assert episodes[f'{r.dataset}|{r.shot}|{r.method}|{r.variant}'].mean() == pytest.approx(r.value, abs=1e-9)
 
 def test_two_runs_from_empty_caches_agree(finished, tmp_path):
     code, said = papermill(tmp_path)
