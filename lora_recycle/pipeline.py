@@ -6,7 +6,7 @@
 __all__ = ['NATURAL', 'SCALES', 'POOLS', 'Scale', 'shipped_market', 'Recycler', 'pool_images', 'pool_patches', 'meta_lora',
            'pruned', 'check_parameters', 'project_folder']
 
-# %% ../nbs/17_pipeline.ipynb #6ac1d88e
+# %% ../nbs/17_pipeline.ipynb #74a04379
 import json
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,16 +17,18 @@ import torch
 from torch import Tensor
 
 from .backbone import Backbone
+from .baselines import CamlConfig
 from .core import Cache, check_choice, digest, generator, load_tensors
 from .cost import VIT_B16, ViTShape
 from .data import ImageSet, load_set
 from .distill import DistillConfig, distill
+from .finetune import HubConfig, TuneConfig
 from .inversion import InvertConfig, invert, sparse_patches
 from .lora import LoRA
 from .market import Market, MarketConfig, private_data, tune_market
 from .miniature import load_prior, load_token_stats
 
-# %% ../nbs/17_pipeline.ipynb #54a0ed0a
+# %% ../nbs/17_pipeline.ipynb #dccae7bd
 @dataclass(frozen=True)
 class Scale:
     "All sizes of a run. `per_class`: images of a class; `chunk`: LoRAs inverted in one batch, which is what a killed run may lose."
@@ -40,6 +42,11 @@ class Scale:
     way: int = 5
     n_query: int = 15
     shots: tuple = (1, 5)
+    n_tuned: int = 24                   # test episodes of methods that fine-tune for each of them: the first ones
+    n_val: int = 4                      # meta-validation episodes on which their rate is chosen
+    tune: TuneConfig = TuneConfig()
+    hub: HubConfig = HubConfig()
+    caml: CamlConfig = CamlConfig()
     cost_shape: ViTShape = VIT_B16      # of the backbone that Tables 4 and 5 are timed on, with random weights
     cost_batch: tuple = (4, 20)         # images of a timed step of inversion and of meta-training; the paper's: (25, 100)
 
@@ -49,6 +56,7 @@ SCALES = {
     'smoke': Scale('smoke', per_class=20, chunk=2, n_tasks=20, market=MarketConfig(n_loras=4, steps=4, batch=20, lr=6e-3),
                    invert=replace(NATURAL, steps=4, per_class=7),
                    distill=DistillConfig(steps=4, n_query=2, rank=8, cycle=4, warmup=1, start='average'),
+                   n_tuned=4, n_val=4, tune=TuneConfig(steps=3), hub=HubConfig(steps=3), caml=CamlConfig(steps=3),
                    cost_shape=ViTShape('random tiny', 24, 6, 64, 12, 4, 32), cost_batch=(2, 10)),
     'embedded': Scale('embedded', per_class=40, chunk=4, n_tasks=600, market=MarketConfig(n_loras=12, steps=60, batch=40, lr=6e-3), invert=NATURAL,
                       distill=DistillConfig(steps=60, tasks=2, n_query=3, rank=8, lr=1e-3, cycle=60, warmup=15, flip=0., affine=1.5, colour=1.3,

@@ -170,39 +170,53 @@ def _markdown(text):
     head = ["method", *(f"{dataset} {what}" for dataset, what in text.columns)]
     return "\n".join([line(head), line(["---"] + ["---:"]*(len(head) - 1)), *(line([m, *text.loc[m]]) for m in text.index)]) + "\n"
 
-# %% ../nbs/10_results.ipynb #cf3c1e86
+# %% ../nbs/10_results.ipynb #1dab4a39
+def _pair(dataset, shot, ours, base, episodes):
+    "Accuracies [T] of both methods on the tasks of both: task i is the same for every method, and one that pays for each has solved only the first; None if one is missing"
+    pair = [episodes.get(episode_key(dataset, shot, *method.split(", ", 1))) for method in (ours, base)]
+    if any(p is None for p in pair): return None
+    return [p[:min(map(len, pair))] for p in pair]
+
 def _paired(columns, ours, base, episodes):
-    "Half interval of `ours` - `base` in each of `columns`, with the mean that goes with it; nan where `episodes` has not both"
+    "(mean, half interval) of `ours` - `base` in each of `columns` for which `episodes` has both"
     found = {}
     for dataset, what in columns:
-        shot = what.removesuffix("-shot")
-        pair = [episodes.get(episode_key(dataset, shot, *method.split(", ", 1))) for method in (ours, base)]
-        if not any(p is None for p in pair): found[dataset, what] = paired_difference(*pair)
+        pair = _pair(dataset, what.removesuffix("-shot"), ours, base, episodes)
+        if pair: found[dataset, what] = paired_difference(*pair)
     for shot in {what for _, what in found}:
         each = [found[c] for c in found if c[1] == shot]
         if len(each) == sum(c[1] == shot and c[0] != "average" for c in columns):
             found["average", shot] = (sum(m for m, _ in each)/len(each), math.sqrt(sum(h*h for _, h in each))/len(each))
     return found
 
-def _gain(value, ours, base, episodes):
-    "One line of texts: `ours` - `base` in each column of `value`, with the paired interval where `episodes` allows"
-    paired = _paired(value.columns, ours, base, episodes or {})
+def _gain(value, n_tasks, pairs, episodes):
+    "A line of texts: for each column of `value` the difference of its pair (ours, base) in `pairs`, task by task where `episodes` allows"
     cells = []
-    for c in value:
+    for c, (ours, base) in zip(value, pairs):
         difference = value.loc[ours, c] - value.loc[base, c]
-        mean, half = paired.get(c, (difference, np.nan))
-        if abs(mean - difference) > 0.01:
+        mean, half = _paired(value.columns, ours, base, episodes or {}).get(c, (difference, np.nan))
+        if abs(mean - difference) > 0.01 and n_tasks.get(ours) == n_tasks.get(base):
             raise ValueError(f"episodes and rows disagree on {ours} - {base} in {c}: {mean:.2f} and {difference:.2f}. Give those of one run.")
-        cells.append(_number(difference, half, "+"))
+        cells.append(_number(mean, half, "+"))
     return cells
 
-# %% ../nbs/10_results.ipynb #af830bb3
-def _section(rows, gains, bounds=(), episodes=None, average=True):
-    "The markdown table of `rows`, with a line for each pair of methods in `gains` that it holds"
+# %% ../nbs/10_results.ipynb #5ec8dc3d
+def _best_pairs(value, ours, base):
+    "For each column of `value` the best method of the family `ours` and the best of `base`; empty if one has no member there"
+    ours, base = ([m for m in family if m in value.index] for family in (ours, base))
+    return [(value.loc[ours, c].idxmax(), value.loc[base, c].idxmax()) for c in value] if ours and base else []
+
+# %% ../nbs/10_results.ipynb #b6878b7f
+def _section(rows, gains, bounds=(), episodes=None, best=(), average=True):
+    "The markdown table of `rows`, with a line for each pair of methods in `gains` and for the first family in `best` against each other one"
     value, half = wide(rows, average)
     text = _cells(value, half, bounds)
-    for ours, base in gains:
-        if ours in value.index and base in value.index: text.loc[f"{ours} − {base}"] = _gain(value, ours, base, episodes)
+    label = rows["method"].where(rows["variant"] == "", rows["method"] + ", " + rows["variant"])
+    n_tasks = dict(zip(label, rows["n_tasks"].fillna(0))) if "n_tasks" in rows else {}
+    lines = {f"{a} − {b}": [(a, b)]*value.shape[1] for a, b in gains if a in value.index and b in value.index}
+    lines |= {f"best of {best[0][0]} − best {name}": _best_pairs(value, best[0][1], members) for name, members in best[1:]}
+    for name, pairs in lines.items():
+        if pairs: text.loc[name] = _gain(value, n_tasks, pairs, episodes)
     return _markdown(text)
 
 def _sections(rows, *how):
@@ -214,6 +228,7 @@ def comparison(rows,                             # of one table, one scale and o
                episodes:dict=None,               # of the same run, see `read_episodes`: intervals for the gains
                gains=(("LoRA Recycle", "NN"),),  # pairs (method, baseline)
                bounds=(),                        # methods that are no rivals, such as an oracle
+               best=(),                          # families (name, methods) whose best members are compared, ours first
                title:str=None,                   # heading; by default the name of the table
               )->str:                            # markdown
     "The page for one table: our numbers, and apart from them the paper's; ValueError if rows of several tables, scales or seeds are mixed"
@@ -228,11 +243,11 @@ def comparison(rows,                             # of one table, one scale and o
     apart = " Rows in *italics* are bounds, not rivals." if len(bounds) else ""
     return (f"# {title or one['table']}\n\nScale `{one['scale']}`, backbone {several('backbone')}, {several('way')}-way, {several('n_tasks')} tasks "
             f"a cell, seed {one['seed']}. Accuracies in percent, mean ± half of the 95 % interval over tasks; gains are taken task by task. "
-            f"The intervals do not hold the spread between training seeds. **Best**, <u>second</u>.{apart}\n\n" + _sections(rows, gains, bounds, episodes)
+            f"The intervals do not hold the spread between training seeds. **Best**, <u>second</u>.{apart}\n\n" + _sections(rows, gains, bounds, episodes, best)
             + f"\n## In the paper ({backbone}{other})\n\nTable {PAPER_TABLES[one['table']]} as printed, without intervals; differences between "
-              "its lines are computed here.\n\n" + _section(theirs, gains, average=False))
+              "its lines are computed here.\n\n" + _section(theirs, gains, best=best, average=False))
 
-# %% ../nbs/10_results.ipynb #a1478010
+# %% ../nbs/10_results.ipynb #7c90acad
 @dataclass(frozen=True)
 class Statement:
     "`ours` is more than `margin` points above `base`; both are labels as in `wide`: a method, or 'method, variant'."
@@ -256,7 +271,7 @@ def judge(statements,      # of `Statement`
         for shot in rows["shot"].unique():
             keys = [[episode_key(d, shot, *label.split(", ", 1)) for label in (s.ours, s.base)] for d in rows["dataset"].unique()]
             for key in sum(keys, []): check_choice("method", key, episodes)
-            pairs = [paired_difference(episodes[a], episodes[b]) for a, b in keys]
+            pairs = [paired_difference(*_pair(d, shot, s.ours, s.base, episodes)) for d in rows["dataset"].unique()]
             mean, half = sum(m for m, _ in pairs)/len(pairs), math.sqrt(sum(h*h for _, h in pairs))/len(pairs)
             lines.append(dict(statement=s.text, shot=shot, difference=mean, ci95=half, verdict=verdict(mean, half, s.margin)))
     return pd.DataFrame(lines)

@@ -18,9 +18,9 @@ INSTALL, TEST, JOB = 'pip install -e ".[dev]"', "nbdev_test --n_workers 1 && pyt
 # what `requirements` in settings.ini calls it -> what Python calls it
 IMPORTS = {"torch": "torch", "torchvision": "torchvision", "open_clip_torch": "open_clip", "timm": "timm", "pandas": "pandas",
            "seaborn": "seaborn", "scikit-learn": "sklearn", "safetensors": "safetensors", "tqdm": "tqdm", "matplotlib": "matplotlib",
-           "pillow": "PIL", "numpy": "numpy"}
+           "pillow": "PIL", "numpy": "numpy", "nevergrad": "nevergrad"}
 FOR_DEVELOPERS = {"nbdev", "papermill", "fastcore", "execnb", "IPython", "ipykernel", "ipywidgets", "jupyter", "jupyter_core",
-                  "jupyter_client", "nbformat", "nbclient", "nbconvert", "notebook", "pytest", "hypothesis"}
+                  "jupyter_client", "nbformat", "nbclient", "nbconvert", "notebook", "pytest", "hypothesis", "peft", "transformers"}
 
 
 @pytest.fixture(scope="module")

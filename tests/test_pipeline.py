@@ -12,9 +12,10 @@ import psutil
 import pytest
 
 from lora_recycle.core import load_tensors
+from lora_recycle.methods import ONE_BY_ONE
 from lora_recycle.miniature import shipped
 from lora_recycle.results import PAPER_TABLES, TIME_COLUMNS, paper_table, read_episodes, read_rows
-from lora_recycle.tables import TABLES
+from lora_recycle.tables import TABLES, chosen_methods
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPERMILL = [sys.executable, '-m', 'papermill']
@@ -52,7 +53,7 @@ def finished(tmp_path_factory):
 
 def test_the_table_is_complete(finished):
     rows = read_rows(finished/'results'/'in_domain')
-    assert len(rows) == len(TABLES['in_domain'].runs)*2*len(TABLES['in_domain'].methods)
+    assert len(rows) == len(TABLES['in_domain'].runs)*2*len(chosen_methods('in_domain', 'tuning-free'))
     assert rows['value'].between(0, 100).all() and (rows['n_tasks'] == 20).all() and (rows['scale'] == 'smoke').all()
     assert {p.name for p in (finished/'results/in_domain').iterdir()} >= {'rows.csv', 'table.md', 'run.json', 'episodes.npz', 'accuracy.png', 'images.png', 'curves.png'}
     page = (finished/'results/in_domain/table.md').read_text()
@@ -60,19 +61,33 @@ def test_the_table_is_complete(finished):
     record = json.loads((finished/'results/in_domain/run.json').read_text())
     assert record['command'].startswith('papermill nbs/run_table.ipynb') and record['environment']['versions']['torch']
 
-@pytest.mark.parametrize('table', ['pruning', 'sparsity'])
+def test_every_method_of_the_paper_runs(tmp_path, finished):
+    "All rows of Table 3, fine-tuning included: each answers, on the first episodes if it pays for each"
+    code, said = papermill(tmp_path, table='cross_domain', methods='all', cache_dir=finished/'cache')
+    assert code == 0, said[-3000:]
+    rows = read_rows(tmp_path/'results'/'cross_domain').query("metric == 'accuracy'")
+    theirs = paper_table(PAPER_TABLES['cross_domain'])
+    assert set(theirs['method']) <= set(rows['method']) and len(rows) == 4*2*len(TABLES['cross_domain'].methods)
+    assert ((rows['n_tasks'] == 4) == rows['method'].isin(ONE_BY_ONE)).all()
+    page = (tmp_path/'results'/'cross_domain'/'table.md').read_text()
+    assert page.count('best of LoRA Recycle − best fine-tuned') == 2           # ours, and the paper's
+
+@pytest.mark.parametrize('table', ['tuning', 'pruning', 'sparsity'])
 def test_cost_tables_hold_every_row_of_the_paper(tmp_path, finished, table):
-    code, said = papermill(tmp_path, table=table, cache_dir=finished/'cache')
+    code, said = papermill(tmp_path, table=table, methods='all', cache_dir=finished/'cache')
     assert code == 0, said[-3000:]
     rows = read_rows(tmp_path/'results'/table)
     theirs = paper_table(PAPER_TABLES[table])
-    measured = rows[rows['metric'] == 'flops_g']
+    measured = rows if table == 'tuning' else rows[rows['metric'] == 'flops_g']
     assert {(r.method, r.variant) for r in theirs.itertuples()} <= {(r.method, r.variant) for r in measured.itertuples()}
-    assert set(rows['metric']) == {'accuracy', *(m+end for m in ('flops_g', 'flops_true_g', 'throughput_its_per_s', 'peak_mem_mb') for end in ('', '_ratio'))}
-    assert sum(rows['metric'] == 'accuracy') == len(TABLES[table].runs)*2*len(TABLES[table].methods)
+    costs = ('throughput_tasks_per_s', 'peak_mem_mb') if table == 'tuning' else ('flops_g', 'flops_true_g', 'throughput_its_per_s', 'peak_mem_mb')
+    assert set(rows['metric'])-{'diverged'} == {'accuracy', *(m+end for m in costs for end in ('', '_ratio'))}
+    cells = len(TABLES[table].runs)*len(TABLES[table].shots or (1, 5))*len(TABLES[table].methods)
+    assert sum(rows['metric'] == 'accuracy') == cells
     page = (tmp_path/'results'/table/'table.md').read_text()
-    assert '### random tiny' in page and page.count('| cannot be told |')+page.count('| holds |')+page.count('| does not hold |') == 2*len(TABLES[table].statements)
-    assert (tmp_path/'results'/table/'tradeoff.png').is_file()
+    judged = sum(page.count(f'| {v} |') for v in ('holds', 'does not hold', 'cannot be told'))
+    assert '### random tiny' in page and judged == len(TABLES[table].shots or (1, 5))*len(TABLES[table].statements)
+    assert list((tmp_path/'results'/table).glob('*.png'))
 
 def test_episodes_give_the_rows_back(finished):
     rows, episodes = read_rows(finished/'results'/'in_domain'), read_episodes(finished/'results'/'in_domain')
@@ -122,6 +137,7 @@ def test_a_full_cache_makes_nothing(finished):
 @pytest.mark.parametrize('parameters, words', [
     (dict(table='nonsense'), ["table='nonsense'", "'in_domain'"]),
     (dict(scale='embeded'), ["scale='embeded'", "Did you mean 'embedded'"]),
+    (dict(methods='few'), ["methods='few'", "'tuning-free'"]),
     (dict(tabel='in_domain'), ["'tabel'", "Did you mean 'table'"]),
     (dict(seed='one'), ["seed='one'", 'must be a int']),
     (dict(seed=-1), ['seed=-1', '0 or more']),
