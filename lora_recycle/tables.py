@@ -7,7 +7,7 @@ __all__ = ['TASK_METHODS', 'RECYCLED', 'LEVELS', 'on_themselves', 'labels', 'TAB
            'measured_cost', 'own_cost', 'domain_pictures', 'masked_rows', 'pruned_rows', 'tradeoff', 'pruning_pictures',
            'sparsity_pictures', 'tuning_pictures', 'Table', 'chosen_methods', 'table_runs', 'make_table']
 
-# %% ../nbs/21_tables.ipynb #c15f45b8
+# %% ../nbs/21_tables.ipynb #d5087d29
 import io
 import time
 from dataclasses import astuple, dataclass
@@ -31,7 +31,7 @@ from .inversion import sparse_patches
 from .lora import new_lora
 from .methods import BOUNDS, FINE_TUNED, GRID, MASKS, METHODS, MINIATURE_PLANS, ONE_BY_ONE, OURS, STARTS, TUNING_FREE, accuracy_rows, answers, label
 from .miniature import load_miniature
-from .pipeline import POOLS, SCALES, Recycler, meta_lora, pruned
+from .pipeline import COST_SIZES, PAPERS_COST, POOLS, SCALES, Recycler, meta_lora, pruned
 from .plots import accuracy_against_cost, accuracy_bars, image_rows, training_curves
 from .results import COLUMNS, Statement, episode_key, wide
 
@@ -62,12 +62,15 @@ def task_rows(shapes: tuple, steps: int = 50, repeats: int = 3, device: str = 'c
             rows += [dict(table='tuning', method=method, variant='', backbone=f'{shape.name}, random weights', dataset='noise', metric=m, value=v) for m, v in (ratios | values).items()]
     return pd.DataFrame(rows)
 
-# %% ../nbs/21_tables.ipynb #66d5ee08
-def measured_cost(table: str, run: Recycler) -> pd.DataFrame:
-    "The cost columns of Table 1 ('tuning'), 4 ('pruning') or 5 ('sparsity') at the sizes of the run's scale, see `task_rows` and `cost_rows`; kept for this machine."
-    scale, device = run.scale, str(run.backbone.device)
-    if table == 'tuning': measure, sizes = task_rows, dict(shapes=(shape_of(run.backbone), scale.cost_shape), steps=scale.tune.steps)
-    else: measure, sizes = cost_rows, dict(table=table, batch=scale.cost_batch[table == 'sparsity'], shape=scale.cost_shape)
+# %% ../nbs/21_tables.ipynb #d78e04b2
+def measured_cost(table: str, run: Recycler, batch: int = 0) -> pd.DataFrame:
+    """The cost columns of Table 1 ('tuning'), 4 ('pruning') or 5 ('sparsity'), see `task_rows` and `cost_rows`; kept for this machine.
+
+    batch: images in a step of Tables 4 and 5; 0: those of `COST_SIZES` on a CPU, the paper's (25, 100) on a GPU."""
+    device, size = str(run.backbone.device), COST_SIZES[run.scale.name]
+    if device != 'cpu' and run.scale.name != 'smoke': size = PAPERS_COST
+    if table == 'tuning': measure, sizes = task_rows, dict(shapes=(shape_of(run.backbone), size.shape), steps=run.scale.tune.steps)
+    else: measure, sizes = cost_rows, dict(table=table, batch=batch or getattr(size, table), shape=size.shape)
     def make():
         text = measure(**sizes, device=device, seed=run.seed).to_csv(index=False)
         return dict(csv=torch.tensor(list(text.encode()), dtype=torch.uint8))
@@ -211,7 +214,7 @@ def _tuning() -> Table:
 TABLES = dict(tuning=_tuning(), in_domain=_domains(on_themselves(IN_DOMAIN)), cross_domain=_domains(tuple((IN_DOMAIN, name) for name in CROSS_DOMAIN)),
               pruning=_pruning(), sparsity=_sparsity())
 
-# %% ../nbs/21_tables.ipynb #a9d81baa
+# %% ../nbs/21_tables.ipynb #80f91e40
 SELECTIONS = ('tuning-free', 'all')
 
 def chosen_methods(table: str, selection: str) -> tuple:
@@ -229,8 +232,8 @@ def table_runs(table: str, scale: str, seed: int, cache: Cache, device: str = 'c
     made = {sources: Recycler(backbone, settings, seed, cache, sources) for sources, _ in chosen.runs}
     return [(made[sources], target) for sources, target in chosen.runs]
 
-def make_table(table: str, runs: list[tuple[Recycler, str]], methods: tuple, note: Callable = print) -> tuple[list[dict], dict[str, Tensor]]:
-    "Rows of `table` (columns: `results.COLUMNS`) for `methods` and right answers by `episode_key`; `note` is told of each finished cell."
+def make_table(table: str, runs: list[tuple[Recycler, str]], methods: tuple, batch: int = 0, note: Callable = print) -> tuple[list[dict], dict[str, Tensor]]:
+    "Rows of `table` (columns: `results.COLUMNS`) for `methods` and right answers by `episode_key`; `batch` as in `measured_cost`; `note` is told of each finished cell."
     first = runs[0][0]
     record, rows, counts = environment(str(first.backbone.device)), [], {}
     same = dict(table=table, way=first.scale.way, seed=first.seed, scale=first.scale.name, device=record['device'], commit=record['commit'] or '', created=record['created'])
@@ -245,5 +248,5 @@ def make_table(table: str, runs: list[tuple[Recycler, str]], methods: tuple, not
                 note(f'{target} {shot}-shot {label(*method)}: {100*found["right"].double().mean().item()/run.scale.way/run.scale.n_query:.2f}')
     if TABLES[table].cost:
         start = time.perf_counter()
-        for measured in measured_cost(table, first).to_dict('records'): add(measured, start)
+        for measured in measured_cost(table, first, batch).to_dict('records'): add(measured, start)
     return rows, counts
