@@ -132,7 +132,7 @@ TUNING_FREE = {('NN', ''): by_prototype(lambda run, shot: None),
                ('Tip-Adapter', ''): on_features(lambda run, f, episodes, shot, data: tip_adapter(f, episodes, class_texts(data)))}
 OURS = {('LoRA Recycle', start): f for start, f in recycled().items()}
 
-# %% ../nbs/19_methods.ipynb #e5989ba1
+# %% ../nbs/19_methods.ipynb #05fd0aed
 METHODS = FINE_TUNED | TUNING_FREE | OURS
 METHODS |= {('LoRA Recycle', 'real images (oracle)'): by_prototype(lambda run, shot: meta_lora(run, shot, 'real')[0]),
             ('LoRA Recycle', 'noise images'): by_prototype(lambda run, shot: meta_lora(run, shot, 'noise')[0]),
@@ -146,6 +146,7 @@ GRID = {(name, f'{optimiser.upper() if optimiser == "sgd" else "Adam"} steps={st
         for name in ('Full Finetuning', 'LoRA + Linear') for optimiser in ('sgd', 'adam') for steps in (50, 5) for lr in RATES}
 METHODS |= GRID
 METHODS |= {('LoRA Recycle', label(str(plan), start)): f for plan in MINIATURE_PLANS for start, f in recycled(plan).items()}
+METHODS |= {('LoRA Recycle', label(str(plan), 'whole images', start)): f for plan in MINIATURE_PLANS for start, f in recycled(plan, share=0).items()}
 METHODS |= {(f'LoRA Recycle_{share}', label(name, start)): f for share in (25, 50, 75) for name, rule in MASKS
             for start, f in recycled(share=share/100, rule=rule).items()}
 BOUNDS = tuple(label(*m) for m in METHODS if 'oracle' in m[1] or 'noise' in m[1])

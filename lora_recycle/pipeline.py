@@ -131,7 +131,7 @@ class Recycler:
         chunks = [_inverted_chunk(self, first) for first in range(0, self.scale.market.n_loras, self.scale.chunk)]
         return {k: torch.cat([c[k] for c in chunks]) for k in chunks[0]}
 
-# %% ../nbs/17_pipeline.ipynb #9f90770d
+# %% ../nbs/17_pipeline.ipynb #31df5502
 POOLS = ('inverted', 'real', 'noise')   # what meta-training may see: ours, the oracle's, and the lower bound's images
 
 def pool_images(run: Recycler, pool: str) -> Tensor:
@@ -143,12 +143,12 @@ def pool_images(run: Recycler, pool: str) -> Tensor:
     shape = (run.scale.market.n_loras, run.scale.market.way, n, *run.data.images.shape[1:])
     return torch.randint(256, shape, generator=generator(run.seed, 'noise', run.name)).to(torch.uint8)
 
-def pool_patches(run: Recycler, images: Tensor, share: float = 0., rule: str = 'attention') -> Tensor | None:
-    "Patches [M,way,n,K] that meta-training sees: those that survived the prune plan of the inversion, or `share` dropped in the last layer; None: all."
-    if run.scale.invert.plan: return run.inverted['kept']
+def pool_patches(run: Recycler, images: Tensor, share: float | None = None, rule: str = 'attention') -> Tensor | None:
+    "Patches [M,way,n,K] that meta-training sees: those that survived the prune plan of the inversion, or `share` (0: none) dropped by `rule` in the last layer; None: all."
+    if run.scale.invert.plan and share is None: return run.inverted['kept']
     return sparse_patches(run.backbone, run.market.lora, images, share, generator(run.seed, 'patches', run.name), rule) if share else None
 
-def meta_lora(run: Recycler, shot: int, pool: str = 'inverted', share: float = 0., rule: str = 'attention', **changes) -> tuple[LoRA, Tensor]:
+def meta_lora(run: Recycler, shot: int, pool: str = 'inverted', share: float | None = None, rule: str = 'attention', **changes) -> tuple[LoRA, Tensor]:
     "The meta-LoRA for `shot` (stage 3; one for each shot, as in the paper's code) and its curve, see `distill`; `changes` to its config."
     config, images, teachers = replace(run.scale.distill, shot=shot, **changes), pool_images(run, pool), run.market.lora
     kept = pool_patches(run, images, share, rule)
@@ -162,7 +162,7 @@ def meta_lora(run: Recycler, shot: int, pool: str = 'inverted', share: float = 0
     return LoRA(t['A'], t['B']), t['curve']
 
 def pruned(run: Recycler, plan: dict) -> Recycler:
-    "The same run, inverting with the prune plan `plan` (layers from 0) and meta-training on the survivors only: a row of Table 4."
+    "The same run, inverting with the prune plan `plan` (layers from 0) and, unless `share` is given, meta-training on the survivors only: a row of Table 4."
     return replace(run, scale=replace(run.scale, invert=replace(run.scale.invert, plan=tuple(plan.items()))))
 
 # %% ../nbs/17_pipeline.ipynb #d154bcbb

@@ -58,16 +58,17 @@ def training_curves(curves: dict[str, Tensor], window: int = 20) -> Figure:
     fig.tight_layout()
     return fig
 
-# %% ../nbs/12_plots.ipynb #a2929448
+# %% ../nbs/12_plots.ipynb #f3d13b1b
 def accuracy_against_cost(points: pd.DataFrame, cost: str = 'operations, relative to dense') -> Figure:
-    "A panel for each shot: accuracy (percent) with ci95 over cost, a colour for each `group`. Columns shot, group, label, cost, accuracy, ci95."
+    "A panel for each shot: accuracy (percent) with ci95 over cost, a colour for each `group`, labels at the first. Columns shot, group, label, cost, accuracy, ci95."
     shots = sorted(points['shot'].unique())
     fig, axes = plt.subplots(1, len(shots), figsize=(4.6*len(shots), 3), squeeze=False)
     for ax, shot in zip(axes[0], shots):
         part = points[points['shot'] == shot]
         sns.lineplot(part, x='cost', y='accuracy', hue='group', style='group', markers=True, dashes=False, sort=True, estimator=None, ax=ax, legend=ax is axes[0, -1])
         ax.errorbar(part['cost'], part['accuracy'], yerr=part['ci95'], fmt='none', ecolor='.5', lw=.8, zorder=0)
-        for p in part.itertuples(): ax.annotate(p.label, (p.cost, p.accuracy), (3, 4), textcoords='offset points', fontsize=7)
+        for p in part[part['group'] == part['group'].iloc[0]].itertuples():
+            ax.annotate(p.label, (p.cost, p.accuracy), (2, 6), textcoords='offset points', fontsize=6, rotation=35)
         ax.set(title=f'{shot}-shot', xlabel=cost, ylabel='accuracy, %')
     sns.move_legend(axes[0, -1], 'upper left', bbox_to_anchor=(1, 1), frameon=False, title='')
     fig.tight_layout()

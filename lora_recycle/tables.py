@@ -7,8 +7,9 @@ __all__ = ['TASK_METHODS', 'RECYCLED', 'LEVELS', 'on_themselves', 'labels', 'TAB
            'measured_cost', 'own_cost', 'domain_pictures', 'masked_rows', 'pruned_rows', 'tradeoff', 'pruning_pictures',
            'sparsity_pictures', 'tuning_pictures', 'Table', 'chosen_methods', 'table_runs', 'make_table']
 
-# %% ../nbs/21_tables.ipynb #d5087d29
+# %% ../nbs/21_tables.ipynb #9c1bffbe
 import io
+import itertools
 import time
 from dataclasses import astuple, dataclass
 from typing import Callable
@@ -113,7 +114,7 @@ def pruned_rows(run: Recycler, n: int = 2) -> dict[str, Tensor]:
         shown[f'{plan}: survivors'] = blank_dropped(shown[str(plan)], made['kept'][0, :, :n].flatten(0, 1), run.backbone.patch)
     return shown
 
-# %% ../nbs/21_tables.ipynb #0b45d621
+# %% ../nbs/21_tables.ipynb #d98c7732
 def tradeoff(table: str, run: Recycler, rows: pd.DataFrame) -> Figure:
     "Accuracy, averaged over the sets, against the operations of the run's own backbone, for both starts."
     value, half = wide(rows[(rows['metric'] == 'accuracy') & (rows['backbone'] == run.backbone.name)])
@@ -122,10 +123,10 @@ def tradeoff(table: str, run: Recycler, rows: pd.DataFrame) -> Figure:
     for name, cost in own_cost(table, run).items():
         share = name.removesuffix(' %')
         method, plan = ('LoRA Recycle', name if name != '{}' else '') if table == 'pruning' else ('LoRA Recycle' + (f'_{share}' if share != '0' else ''), '')
-        for start in ('', 'start at zero'):
+        for start, what in itertools.product(('start at zero', ''), ('', 'whole images') if table == 'pruning' else ('',)):
             for shot in run.scale.shots:
-                at = label(method, plan, start), columns[f'{shot}-shot']
-                points.append(dict(shot=shot, group=start or 'start at the average', label=name, cost=cost, accuracy=value.loc[at], ci95=half.loc[at]))
+                at = label(method, plan, what if plan else '', start), columns[f'{shot}-shot']
+                points.append(dict(shot=shot, group=label(start or 'start at the average', what), label=name, cost=cost, accuracy=value.loc[at], ci95=half.loc[at]))
     return accuracy_against_cost(pd.DataFrame(points))
 
 def pruning_pictures(table: str, runs: list[Recycler], rows: pd.DataFrame) -> dict[str, Figure]:
@@ -180,17 +181,17 @@ def _domains(runs: tuple) -> Table:
     said += [Statement(f'Full Finetuning is below {name}', name, 'Full Finetuning') for name in labels(FINE_TUNED) if name != 'Full Finetuning']
     return Table(runs, (*FINE_TUNED, *TUNING_FREE, *RECYCLED, *LEVELS, *bounds), gains, domain_pictures, best, tuple(said))
 
-# %% ../nbs/21_tables.ipynb #1e6b0018
+# %% ../nbs/21_tables.ipynb #a047ce93
 def _pruning() -> Table:
-    "Table 4: plans during inversion, on one set as in the paper."
-    plans = [(str(plan), start) for plan in MINIATURE_PLANS for start in STARTS]
+    "Table 4: plans during inversion, on one set as in the paper. Meta-training sees the survivors only, or (`whole images`) everything: two effects, told apart."
+    plans = [(str(plan), what, start) for plan in MINIATURE_PLANS for what in ('', 'whole images') for start in STARTS]
     methods = (('NN', ''), *RECYCLED, *(('LoRA Recycle', label(*p)) for p in plans))
-    gains = tuple((label('LoRA Recycle', *p), label('LoRA Recycle', p[1])) for p in plans)
+    gains = tuple((label('LoRA Recycle', *p), label('LoRA Recycle', p[2])) for p in plans)
     late, early = str(MINIATURE_PLANS[0]), str(MINIATURE_PLANS[2])
-    said = [s for start in STARTS for s in (
-        Statement(label('Pruning in the last layer costs less than half a point', start), label('LoRA Recycle', late, start), label('LoRA Recycle', start), -.5),
-        Statement(label('Pruning early costs accuracy', start), label('LoRA Recycle', start), label('LoRA Recycle', early, start)),
-        Statement(label('Pruning late is better than pruning early', start), label('LoRA Recycle', late, start), label('LoRA Recycle', early, start)))]
+    said = [s for start in STARTS for what in ('', 'whole images') for s in (
+        Statement(label('Pruning in the last layer costs less than half a point', what, start), label('LoRA Recycle', late, what, start), label('LoRA Recycle', start), -.5),
+        Statement(label('Pruning early costs accuracy', what, start), label('LoRA Recycle', start), label('LoRA Recycle', early, what, start)),
+        Statement(label('Pruning late is better than pruning early', what, start), label('LoRA Recycle', late, what, start), label('LoRA Recycle', early, what, start)))]
     return Table(on_themselves(('cyrillic',)), methods, gains, pruning_pictures, (), tuple(said), cost=True)
 
 def _sparsity() -> Table:
