@@ -28,7 +28,7 @@ from .lora import LoRA
 from .market import Market, MarketConfig, private_data, tune_market
 from .miniature import load_prior, load_token_stats
 
-# %% ../nbs/17_pipeline.ipynb #f513fc5b
+# %% ../nbs/17_pipeline.ipynb #6fb3adf7
 @dataclass(frozen=True)
 class Scale:
     "All sizes of a run. `per_class`: images of a class; `chunk`: LoRAs inverted in one batch, which is what a killed run may lose."
@@ -54,7 +54,7 @@ SCALES = {
     'smoke': Scale('smoke', per_class=20, chunk=2, n_tasks=20, market=MarketConfig(n_loras=4, steps=4, batch=20, lr=6e-3),
                    invert=replace(NATURAL, steps=4, per_class=7),
                    distill=DistillConfig(steps=4, n_query=2, rank=8, cycle=4, warmup=1, start='average'),
-                   n_tuned=4, n_val=4, tune=TuneConfig(steps=3), hub=HubConfig(steps=3), caml=CamlConfig(steps=3)),
+                   n_tuned=4, n_val=4, tune=TuneConfig(steps=3), hub=HubConfig(steps=3), caml=CamlConfig(steps=3, n_query=2)),
     'embedded': Scale('embedded', per_class=40, chunk=4, n_tasks=600, market=MarketConfig(n_loras=12, steps=60, batch=40, lr=6e-3), invert=NATURAL,
                       distill=DistillConfig(steps=60, tasks=2, n_query=3, rank=8, lr=1e-3, cycle=60, warmup=15, flip=0., affine=1.5, colour=1.3,
                                             start='average'))}

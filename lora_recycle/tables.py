@@ -114,7 +114,7 @@ def pruned_rows(run: Recycler, n: int = 2) -> dict[str, Tensor]:
         shown[f'{plan}: survivors'] = blank_dropped(shown[str(plan)], made['kept'][0, :, :n].flatten(0, 1), run.backbone.patch)
     return shown
 
-# %% ../nbs/21_tables.ipynb #d98c7732
+# %% ../nbs/21_tables.ipynb #b5e88f04
 def tradeoff(table: str, run: Recycler, rows: pd.DataFrame) -> Figure:
     "Accuracy, averaged over the sets, against the operations of the run's own backbone, for both starts."
     value, half = wide(rows[(rows['metric'] == 'accuracy') & (rows['backbone'] == run.backbone.name)])
@@ -126,7 +126,7 @@ def tradeoff(table: str, run: Recycler, rows: pd.DataFrame) -> Figure:
         for start, what in itertools.product(('start at zero', ''), ('', 'whole images') if table == 'pruning' else ('',)):
             for shot in run.scale.shots:
                 at = label(method, plan, what if plan else '', start), columns[f'{shot}-shot']
-                points.append(dict(shot=shot, group=label(start or 'start at the average', what), label=name, cost=cost, accuracy=value.loc[at], ci95=half.loc[at]))
+                if at[0] in value.index: points.append(dict(shot=shot, group=label(start or 'start at the average', what), label=name, cost=cost, accuracy=value.loc[at], ci95=half.loc[at]))
     return accuracy_against_cost(pd.DataFrame(points))
 
 def pruning_pictures(table: str, runs: list[Recycler], rows: pd.DataFrame) -> dict[str, Figure]:
@@ -215,13 +215,17 @@ def _tuning() -> Table:
 TABLES = dict(tuning=_tuning(), in_domain=_domains(on_themselves(IN_DOMAIN)), cross_domain=_domains(tuple((IN_DOMAIN, name) for name in CROSS_DOMAIN)),
               pruning=_pruning(), sparsity=_sparsity())
 
-# %% ../nbs/21_tables.ipynb #80f91e40
+# %% ../nbs/21_tables.ipynb #1be66519
 SELECTIONS = ('tuning-free', 'all')
 
 def chosen_methods(table: str, selection: str) -> tuple:
-    "The methods of `table` in `selection`: 'all', or 'tuning-free' (no method that fine-tunes for each episode; of the bounds only LoRA Recycle's from the usual start)."
+    """The methods of `table` in `selection`: 'all'; 'tuning-free' (no method that fine-tunes for each episode; of the bounds only LoRA Recycle's from the usual start);
+    or labels with | between them, such as 'NN|LoRA Recycle, start at zero'."""
     methods = TABLES[check_choice('table', table, TABLES)].methods
-    if check_choice('methods', selection, SELECTIONS) == 'all': return methods
+    if selection == 'all': return methods
+    if selection not in SELECTIONS:
+        named = [check_choice('methods', name, (*SELECTIONS, *labels(methods))) for name in selection.split('|')]
+        return tuple(m for m in methods if label(*m) in named)
     few = ('LoRA Recycle', 'real images (oracle)'), ('LoRA Recycle', 'noise images')
     return tuple(m for m in methods if m[0] not in ONE_BY_ONE and (label(*m) not in BOUNDS or m in few))
 

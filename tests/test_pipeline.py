@@ -19,6 +19,7 @@ from lora_recycle.tables import TABLES, chosen_methods
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPERMILL = [sys.executable, '-m', 'papermill']
+FEW = 'NN|LoRA Recycle'
 
 
 def command(folder, **parameters):
@@ -93,28 +94,39 @@ def test_episodes_give_the_rows_back(finished):
     rows, episodes = read_rows(finished/'results'/'in_domain'), read_episodes(finished/'results'/'in_domain')
     for r in rows.itertuples(): assert episodes[f'{r.dataset}|{r.shot}|{r.method}|{r.variant}'].mean() == pytest.approx(r.value, abs=1e-9)
 
-def test_two_runs_from_empty_caches_agree(finished, tmp_path):
-    code, said = papermill(tmp_path)
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+    "The same with a few methods: every stage, in less time"
+    folder = tmp_path_factory.mktemp('small')
+    code, said = papermill(folder, methods=FEW)
     assert code == 0, said[-3000:]
-    pd.testing.assert_frame_equal(rows_of(finished), rows_of(tmp_path), check_exact=True)
+    return folder
 
-def test_damaged_entries_are_named_and_rebuilt(finished):
-    before = rows_of(finished)
-    broken = [random.Random(k).choice(sorted((finished/'cache'/k).iterdir())) for k in ('inverted', 'meta', 'answers')]
+def test_a_few_methods_give_the_rows_of_all(finished, small):
+    "Two runs from empty caches agree, bit for bit"
+    few, all = rows_of(small), rows_of(finished)
+    both = all.merge(few[['dataset', 'shot', 'method', 'variant']])[list(few.columns)]
+    assert set(few['method']) == {'NN', 'LoRA Recycle'} and len(few) == 4*2*2
+    pd.testing.assert_frame_equal(few.sort_values(['dataset', 'shot', 'method'], ignore_index=True),
+                                  both.sort_values(['dataset', 'shot', 'method'], ignore_index=True), check_exact=True)
+
+def test_damaged_entries_are_named_and_rebuilt(small):
+    before = rows_of(small)
+    broken = [random.Random(k).choice(sorted((small/'cache'/k).iterdir())) for k in ('inverted', 'meta', 'answers')]
     for entry in broken:
         data = entry/'data.safetensors'
         data.write_bytes(data.read_bytes()[:-7])
-    code, said = papermill(finished)
+    code, said = papermill(small, methods=FEW)
     assert code == 0, said[-3000:]
-    pd.testing.assert_frame_equal(before, rows_of(finished), check_exact=True)
-    assert outcomes(finished)['answers', broken[2].name] == 'rebuilt'
-    executed = (finished/'out.ipynb').read_text()
+    pd.testing.assert_frame_equal(before, rows_of(small), check_exact=True)
+    assert outcomes(small)['answers', broken[2].name] == 'rebuilt'
+    executed = (small/'out.ipynb').read_text()
     assert broken[2].name in executed and 'is damaged' in executed
 
 @pytest.mark.parametrize('stage', ['market', 'inverted', 'meta', 'answers'])
-def test_a_killed_run_resumes(finished, tmp_path, stage):
+def test_a_killed_run_resumes(small, tmp_path, stage):
     "kill -9, at a random moment after the first entry of `stage`; the next run repeats nothing that was finished"
-    process = subprocess.Popen(command(tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(tmp_path, methods=FEW), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time()+600
     while not list((tmp_path/'cache').glob(f'{stage}/*/manifest.json')) and time.time() < deadline and process.poll() is None: time.sleep(.02)
     time.sleep(random.random()*1.5)
@@ -122,16 +134,16 @@ def test_a_killed_run_resumes(finished, tmp_path, stage):
     process.wait()
     done = {(p.parent.parent.name, p.parent.name) for p in (tmp_path/'cache').glob('*/*/manifest.json')}
     assert any(kind == stage for kind, _ in done)
-    code, said = papermill(tmp_path)
+    code, said = papermill(tmp_path, methods=FEW)
     assert code == 0, said[-3000:]
     now = outcomes(tmp_path)
     assert all(now.get(key, 'hit') == 'hit' for key in done)
-    pd.testing.assert_frame_equal(rows_of(finished), rows_of(tmp_path), check_exact=True)
+    pd.testing.assert_frame_equal(rows_of(small), rows_of(tmp_path), check_exact=True)
 
-def test_a_full_cache_makes_nothing(finished):
-    code, said = papermill(finished)
+def test_a_full_cache_makes_nothing(small):
+    code, said = papermill(small, methods=FEW)
     assert code == 0, said[-3000:]
-    assert set(outcomes(finished).values()) == {'hit'}
+    assert set(outcomes(small).values()) == {'hit'}
 
 
 @pytest.mark.parametrize('parameters, words', [
