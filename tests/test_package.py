@@ -20,7 +20,7 @@ IMPORTS = {"torch": "torch", "torchvision": "torchvision", "open_clip_torch": "o
            "seaborn": "seaborn", "scikit-learn": "sklearn", "safetensors": "safetensors", "tqdm": "tqdm", "matplotlib": "matplotlib",
            "pillow": "PIL", "numpy": "numpy", "nevergrad": "nevergrad"}
 FOR_DEVELOPERS = {"nbdev", "papermill", "fastcore", "execnb", "IPython", "ipykernel", "ipywidgets", "jupyter", "jupyter_core",
-                  "jupyter_client", "nbformat", "nbclient", "nbconvert", "notebook", "pytest", "hypothesis", "peft", "transformers"}
+                  "jupyter_client", "nbformat", "nbclient", "nbconvert", "notebook", "pytest", "hypothesis", "peft", "transformers", "playwright"}
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +94,16 @@ def test_links_lead_somewhere(page):
     text = (ROOT/page).read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r"""<img[^>]*src=["']([^"']+)""", text):
         if "://" not in link and not link.startswith("mailto:"): assert (ROOT/link).exists(), f"{page} links to {link}"
+
+
+def test_the_numbers_in_the_readme_are_those_of_the_results():
+    "Every line of README's table of results, against results/in_domain/rows.csv"
+    from lora_recycle.results import read_rows, wide
+    value, _ = wide(read_rows(ROOT/"results"/"in_domain"))
+    section = (ROOT/"README.md").read_text(encoding="utf-8").split("## What came out")[1].split("\n## ")[0]
+    lines = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("| ") and "---" not in line]
+    assert len(lines) > 5
+    for method, one, five, gain in lines[1:]:
+        found = value.loc[method, [("average", "1-shot"), ("average", "5-shot")]]
+        assert [one, five] == [f"{v:.2f}" for v in found]
+        assert gain == ("" if method == "NN" else f"{found.iloc[0]-value.loc['NN', ('average', '1-shot')]:+.2f}")
