@@ -206,13 +206,14 @@ def _best_pairs(value, ours, base):
     ours, base = ([m for m in family if m in value.index] for family in (ours, base))
     return [(value.loc[ours, c].idxmax(), value.loc[base, c].idxmax()) for c in value] if ours and base else []
 
-# %% ../nbs/10_results.ipynb #b6878b7f
+# %% ../nbs/10_results.ipynb #27882f5f
 def _section(rows, gains, bounds=(), episodes=None, best=(), average=True):
     "The markdown table of `rows`, with a line for each pair of methods in `gains` and for the first family in `best` against each other one"
     value, half = wide(rows, average)
     text = _cells(value, half, bounds)
     label = rows["method"].where(rows["variant"] == "", rows["method"] + ", " + rows["variant"])
     n_tasks = dict(zip(label, rows["n_tasks"].fillna(0))) if "n_tasks" in rows else {}
+    if not any(what.endswith("-shot") for _, what in value): return _markdown(text)       # costs have their ratios
     lines = {f"{a} − {b}": [(a, b)]*value.shape[1] for a, b in gains if a in value.index and b in value.index}
     lines |= {f"best of {best[0][0]} − best {name}": _best_pairs(value, best[0][1], members) for name, members in best[1:]}
     for name, pairs in lines.items():
