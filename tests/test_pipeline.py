@@ -54,7 +54,7 @@ def finished(tmp_path_factory):
 
 def test_the_table_is_complete(finished):
     rows = read_rows(finished/'results'/'in_domain')
-    assert len(rows) == len(TABLES['in_domain'].runs)*2*len(chosen_methods('in_domain', 'tuning-free'))
+    assert len(rows) == len(TABLES['in_domain'].runs)*2*len(chosen_methods('in_domain', 'quick'))
     assert rows['value'].between(0, 100).all() and (rows['n_tasks'] == 20).all() and (rows['scale'] == 'smoke').all()
     assert {p.name for p in (finished/'results/in_domain').iterdir()} >= {'rows.csv', 'table.md', 'run.json', 'episodes.npz', 'accuracy.png', 'images.png', 'curves.png'}
     page = (finished/'results/in_domain/table.md').read_text()
@@ -149,7 +149,7 @@ def test_a_full_cache_makes_nothing(small):
 @pytest.mark.parametrize('parameters, words', [
     (dict(table='nonsense'), ["table='nonsense'", "'in_domain'"]),
     (dict(scale='embeded'), ["scale='embeded'", "Did you mean 'embedded'"]),
-    (dict(methods='few'), ["methods='few'", "'tuning-free'"]),
+    (dict(methods='few'), ["methods='few'", "'quick'"]),
     (dict(tabel='in_domain'), ["'tabel'", "Did you mean 'table'"]),
     (dict(seed='one'), ["seed='one'", 'must be a int']),
     (dict(seed=-1), ['seed=-1', '0 or more']),
