@@ -206,7 +206,7 @@ def _best_pairs(value, ours, base):
     ours, base = ([m for m in family if m in value.index] for family in (ours, base))
     return [(value.loc[ours, c].idxmax(), value.loc[base, c].idxmax()) for c in value] if ours and base else []
 
-# %% ../nbs/10_results.ipynb #27882f5f
+# %% ../nbs/10_results.ipynb #994bb398
 def _section(rows, gains, bounds=(), episodes=None, best=(), average=True):
     "The markdown table of `rows`, with a line for each pair of methods in `gains` and for the first family in `best` against each other one"
     value, half = wide(rows, average)
@@ -242,6 +242,7 @@ def comparison(rows,                             # of one table, one scale and o
     other = "" if set(rows["dataset"]) & set(theirs["dataset"]) else ", other data sets: not comparable number by number"
     backbone = ", ".join(b.removesuffix(" (CLIP)") for b in theirs["backbone"].unique())
     apart = " Rows in *italics* are bounds, not rivals." if len(bounds) else ""
+    if rows["n_tasks"].nunique() > 1: apart += " A method with fewer tasks solved the first of them: its cells do not compare with the others', the differences do."
     return (f"# {title or one['table']}\n\nScale `{one['scale']}`, backbone {several('backbone')}, {several('way')}-way, {several('n_tasks')} tasks "
             f"a cell, seed {one['seed']}. Accuracies in percent, mean ± half of the 95 % interval over tasks; gains are taken task by task. "
             f"The intervals do not hold the spread between training seeds. **Best**, <u>second</u>.{apart}\n\n" + _sections(rows, gains, bounds, episodes, best)
