@@ -170,7 +170,7 @@ def _markdown(text):
     head = ["method", *(f"{dataset} {what}" for dataset, what in text.columns)]
     return "\n".join([line(head), line(["---"] + ["---:"]*(len(head) - 1)), *(line([m, *text.loc[m]]) for m in text.index)]) + "\n"
 
-# %% ../nbs/10_results.ipynb #1dab4a39
+# %% ../nbs/10_results.ipynb #fe9c8aaa
 def _pair(dataset, shot, ours, base, episodes):
     "Accuracies [T] of both methods on the tasks of both: task i is the same for every method, and one that pays for each has solved only the first; None if one is missing"
     pair = [episodes.get(episode_key(dataset, shot, *method.split(", ", 1))) for method in (ours, base)]
@@ -192,7 +192,11 @@ def _paired(columns, ours, base, episodes):
 def _gain(value, n_tasks, pairs, episodes):
     "A line of texts: for each column of `value` the difference of its pair (ours, base) in `pairs`, task by task where `episodes` allows"
     cells = []
-    for c, (ours, base) in zip(value, pairs):
+    for c, pair in zip(value, pairs):
+        if pair is None:
+            cells.append("")
+            continue
+        ours, base = pair
         difference = value.loc[ours, c] - value.loc[base, c]
         mean, half = _paired(value.columns, ours, base, episodes or {}).get(c, (difference, np.nan))
         if abs(mean - difference) > 0.01 and n_tasks.get(ours) == n_tasks.get(base):
@@ -200,11 +204,12 @@ def _gain(value, n_tasks, pairs, episodes):
         cells.append(_number(mean, half, "+"))
     return cells
 
-# %% ../nbs/10_results.ipynb #5ec8dc3d
+# %% ../nbs/10_results.ipynb #b94ca630
 def _best_pairs(value, ours, base):
-    "For each column of `value` the best method of the family `ours` and the best of `base`; empty if one has no member there"
-    ours, base = ([m for m in family if m in value.index] for family in (ours, base))
-    return [(value.loc[ours, c].idxmax(), value.loc[base, c].idxmax()) for c in value] if ours and base else []
+    "For each column of `value` the best method of the family `ours` and the best of `base`, None where one was not measured; empty if one has no member at all"
+    ours, base = (value.loc[[m for m in family if m in value.index]] for family in (ours, base))
+    measured = lambda c: ours[c].notna().any() and base[c].notna().any()
+    return [(ours[c].idxmax(), base[c].idxmax()) if measured(c) else None for c in value] if len(ours) and len(base) else []
 
 # %% ../nbs/10_results.ipynb #994bb398
 def _section(rows, gains, bounds=(), episodes=None, best=(), average=True):
