@@ -89,7 +89,7 @@ def _inverted_chunk(run: 'Recycler', first: int) -> dict[str, Tensor]:
     make = lambda: vars(invert(run.backbone, lora, side, config, gen, load_prior().to(device), load_token_stats().to(device)))
     return run.cache.get('inverted', key, make)
 
-# %% ../nbs/17_pipeline.ipynb #83e08ff5
+# %% ../nbs/17_pipeline.ipynb #2f3f4167
 @dataclass(frozen=True)
 class Recycler:
     "The stages of one run on LoRAs from the image sets `sources`; results are kept in `cache` under digests of all that they depend on."
@@ -100,6 +100,7 @@ class Recycler:
     sources: tuple[str, ...]
 
     def __post_init__(self):
+        if isinstance(self.sources, str): raise ValueError(f'sources={self.sources!r} must be a tuple of names: ({self.sources!r},)')
         if self.scale.market.n_loras % len(self.sources): raise ValueError(f'{self.scale.market.n_loras} LoRAs cannot be shared among {len(self.sources)} sources; change n_loras')
     @property
     def name(self) -> str:
