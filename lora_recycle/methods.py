@@ -19,7 +19,7 @@ from .core import generator
 from .data import ImageSet, load_set
 from .episodes import Episodes, draw_episodes
 from .evaluate import embed, interval, nearest_prototype, right_answers
-from .finetune import (RATES, Tuned, TuneConfig, choose_rate, join_tuned, lorahub, meta_train, own_probe, own_prototype, tune_full, tune_head, tune_lora,
+from .finetune import (RATES, Tuned, choose_rate, join_tuned, lorahub, meta_train, own_probe, own_prototype, tune_full, tune_head, tune_lora,
                                    tune_mole, tune_pmf)
 from .lora import LoRA, average_factors, average_products, new_lora
 from .miniature import load_clip, tokenise

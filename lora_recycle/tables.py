@@ -166,7 +166,7 @@ class Table:
     cost: bool = False
     shots: tuple = ()      # if only some
 
-RECYCLED = tuple(('LoRA Recycle', start) for start in STARTS)
+RECYCLED = tuple(OURS)
 LEVELS = tuple((f'LoRA Recycle_{share}', start) for start in STARTS for share in (25, 50, 75))
 on_themselves = lambda names: tuple(((name,), name) for name in names)
 labels = lambda methods: tuple(label(*m) for m in methods)
