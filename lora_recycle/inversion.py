@@ -119,13 +119,13 @@ class Canvas:
         "Normalised images [n,3,H,W] of `x` [n,c,H,W]."
         return x if self.line is None else self.line[0]+self.line[1]*x
 
-# %% ../nbs/08_inversion.ipynb #d286a435
+# %% ../nbs/08_inversion.ipynb #10bdedae
 def inversion_losses(backbone: Backbone, lora: LoRA, images: Tensor, labels: Tensor, config: InvertConfig, plan: dict | None,
-                     prior: nn.Module | None, stats: Tensor | None, select=most_attended) -> tuple[Tensor, Tensor, Tensor]:
-    "Losses [M] of M equal consecutive groups of normalised images [B,3,H,W], the logits [B,way], and the surviving patches [B,K]; `select` as in `encode`."
+                     prior: nn.Module | None, stats: Tensor | None, select=most_attended, classify=head_logits) -> tuple[Tensor, Tensor, Tensor]:
+    "Losses [M] of M equal consecutive groups of normalised images [B,3,H,W], the logits [B,way], and the surviving patches [B,K]; `select` as in `encode`, `classify` as in `invert`."
     M = lora.size
     out = encode(backbone, images, lora, plan=plan, select=select, with_tokens=bool(config.alpha_tokens))
-    logits = head_logits(out.features, lora)
+    logits = classify(out.features, lora)
     loss = F.cross_entropy(logits, labels, reduction='none').view(M, -1).mean(1)
     if config.alpha_bn: loss = loss+config.alpha_bn*bn_prior(prior, images, M)
     if config.alpha_tokens: loss = loss+config.alpha_tokens*token_prior(out.tokens, stats, M)
@@ -144,7 +144,7 @@ class Best:
         self.loss = torch.where(better, loss, self.loss)
         self.images = torch.where(better.repeat_interleave(len(images)//len(loss)).view(-1, 1, 1, 1), images, self.images)
 
-# %% ../nbs/08_inversion.ipynb #01b89050
+# %% ../nbs/08_inversion.ipynb #8f91e588
 @dataclass(frozen=True)
 class Inverted:
     "Images uint8 [M,way,n,3,H,W], surviving patches [M,way,n,K], best loss [M], share of the images that the teacher gets right [M]."
@@ -154,18 +154,20 @@ class Inverted:
     accuracy: Tensor
 
 @torch.no_grad()
-def _stored(backbone: Backbone, lora: LoRA, best: Best, labels: Tensor, config: InvertConfig, select) -> Inverted:
+def _stored(backbone: Backbone, lora: LoRA, best: Best, labels: Tensor, config: InvertConfig, select, classify) -> Inverted:
     "What is kept of an inversion: images rounded to 8 bit, and what the teacher says about these."
     pixels = (denormalise(best.images, backbone)*255).round().to(torch.uint8)
     out = encode(backbone, normalise(pixels, backbone), lora, plan=dict(config.plan), select=select)
-    right = (head_logits(out.features, lora).argmax(-1) == labels).float().view(lora.size, -1).mean(1)
+    right = (classify(out.features, lora).argmax(-1) == labels).float().view(lora.size, -1).mean(1)
     shape = (lora.size, lora.W.shape[-1], config.per_class)
     return Inverted(pixels.view(*shape, *pixels.shape[1:]).cpu(), out.kept.reshape(*shape, -1).cpu(), best.loss.cpu(), right.cpu())
 
-# %% ../nbs/08_inversion.ipynb #eed3e6ad
+# %% ../nbs/08_inversion.ipynb #bd067097
 def invert(backbone: Backbone, lora: LoRA, side: int, config: InvertConfig, gen: torch.Generator,
-           prior: nn.Module | None = None, stats: Tensor | None = None) -> Inverted:
-    "Invert M LoRAs with heads at once into images of `side` pixels. ValueError if a prior with a weight above 0 is not given."
+           prior: nn.Module | None = None, stats: Tensor | None = None, classify=head_logits) -> Inverted:
+    """Invert M LoRAs with heads at once into images of `side` pixels. ValueError if a prior with a weight above 0 is not given.
+
+    classify(features [B,D], lora) -> logits [B,way]: the LoRAs' heads, or whatever else tells their classes apart, such as class names."""
     if config.alpha_bn and prior is None: raise ValueError(f'alpha_bn={config.alpha_bn} needs a prior network; pass prior=, or set alpha_bn=0')
     if config.alpha_tokens and stats is None: raise ValueError(f'alpha_tokens={config.alpha_tokens} needs token statistics; pass stats=, or set alpha_tokens=0')
     lora = lora.map(lambda t: t.to(backbone.device))
@@ -178,12 +180,12 @@ def invert(backbone: Backbone, lora: LoRA, side: int, config: InvertConfig, gen:
         if config.decay: opt.param_groups[0]['lr'] = config.lr*.5*(1+math.cos(math.pi*step/config.steps))
         if step == plan_from: best = Best(best.images, M)
         images, plan = canvas.images(x), dict(config.plan) if step >= plan_from else None
-        loss, _, _ = inversion_losses(backbone, lora, random_view(images, config, gen), labels, config, plan, prior, stats, select)
+        loss, _, _ = inversion_losses(backbone, lora, random_view(images, config, gen), labels, config, plan, prior, stats, select, classify)
         (x.grad,) = torch.autograd.grad(loss.sum(), x)
         best.update(images.detach(), loss.detach())
         opt.step()
         with torch.no_grad(): canvas.clamp_(x)
-    return _stored(backbone, lora, best, labels, config, select)
+    return _stored(backbone, lora, best, labels, config, select, classify)
 
 # %% ../nbs/08_inversion.ipynb #bd83a1e0
 @torch.no_grad()

@@ -18,22 +18,29 @@ from .core import check_int, generator
 from .data import ImageSet
 from .lora import LoRA, new_lora
 
-# %% ../nbs/07_market.ipynb #69d36bf7
+# %% ../nbs/07_market.ipynb #2469390d
 @dataclass(frozen=True)
 class MarketConfig:
     "How the market is tuned. Rank 4 on q and v, Adam 1e-3 as in the paper's code; 80 % of a class's images are for tuning, the rest checks."
     n_loras: int = 100
     way: int = 5
-    rank: int = 4
+    rank: int | tuple = 4     # or several, dealt to the LoRAs in turn
     steps: int = 40
     batch: int = 64       # images a LoRA and step
     lr: float = 1e-3
     train_share: float = .8
 
     def __post_init__(self):
-        for name in ('n_loras', 'rank', 'steps', 'batch'): check_int(name, getattr(self, name), 1)
+        for name in ('n_loras', 'steps', 'batch'): check_int(name, getattr(self, name), 1)
+        for rank in self.ranks: check_int('rank', rank, 1)
         check_int('way', self.way, 2)
         if not 0 < self.train_share < 1: raise ValueError(f'train_share={self.train_share!r} must lie in (0, 1)')
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        "The rank of each LoRA."
+        given = self.rank if isinstance(self.rank, tuple) else (self.rank,)
+        if not given: raise ValueError('rank=() names no rank; give one, or several as in (4, 8)')
+        return tuple(given[m % len(given)] for m in range(self.n_loras))
 
 @dataclass(frozen=True)
 class Market:
@@ -73,14 +80,16 @@ def private_data(data: ImageSet, config: MarketConfig, seed: int) -> tuple[Tenso
     n, k = min(t.shape[1] for t in train), min(h.shape[1] for h in held)
     return torch.stack(classes), torch.stack([t[:, :n] for t in train]), torch.stack([h[:, :k] for h in held])
 
-# %% ../nbs/07_market.ipynb #13aa11ef
+# %% ../nbs/07_market.ipynb #5c362e15
 def tune_market(backbone: Backbone, data: ImageSet, config: MarketConfig = MarketConfig(), seed: int = 0) -> Market:
     "Tune `config.n_loras` LoRAs with heads, each on `way` random meta-training classes of `data`."
     classes, train, held = private_data(data, config, seed)
     M, way = classes.shape
     gen = generator(seed, 'tune', data.name)
-    lora = new_lora(backbone.layers, backbone.width, config.rank, gen, n=M)
-    lora = replace(lora, W=torch.zeros(M, backbone.out_dim, way), b=torch.zeros(M, way)).map(lambda t: t.to(backbone.device).requires_grad_())
+    lora = new_lora(backbone.layers, backbone.width, max(config.ranks), gen, n=M)
+    spare = torch.arange(lora.rank) >= torch.tensor(config.ranks)[:, None]      # columns beyond a LoRA's rank: 0, and their gradients too
+    lora = replace(lora, A=lora.A.masked_fill(spare[:, None, None, None], 0.), W=torch.zeros(M, backbone.out_dim, way), b=torch.zeros(M, way))
+    lora = lora.map(lambda t: t.to(backbone.device).requires_grad_())
     opt = torch.optim.Adam(lora.tensors().values(), lr=config.lr)
     for _ in tqdm(range(config.steps), desc=f'tune {M} LoRAs on {data.name}', leave=False):
         drawn = torch.randint(train[0].numel(), (M, config.batch), generator=gen)

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['PMF_RATE', 'label', 'MINIATURE_PLANS', 'MASKS', 'STARTS', 'TUNERS', 'PAPERS', 'FINE_TUNED', 'TUNING_FREE', 'OURS',
-           'METHODS', 'GRID', 'BOUNDS', 'ONE_BY_ONE', 'by_prototype', 'from_zero', 'recycled', 'on_features',
-           'class_texts', 'caml', 'validation_rate', 'fine_tuned', 'pmf_tensors', 'by_hub', 'answers', 'accuracy_rows']
+           'METHODS', 'GRID', 'BOUNDS', 'ONE_BY_ONE', 'half_of', 'ALPHAS', 'RANKS', 'MARKET_SIZES', 'ABLATIONS',
+           'by_prototype', 'from_zero', 'recycled', 'whole', 'on_features', 'class_texts', 'caml', 'sizes',
+           'validation_rate', 'fine_tuned', 'pmf_tensors', 'by_hub', 'answers', 'accuracy_rows']
 
-# %% ../nbs/21_methods.ipynb #d1dfa098
+# %% ../nbs/21_methods.ipynb #20c9d4f1
 from dataclasses import replace
+from functools import partial
 from typing import Callable
 
 import torch
@@ -23,9 +25,9 @@ from .finetune import (RATES, Tuned, choose_rate, join_tuned, lorahub, meta_trai
                                    tune_mole, tune_pmf)
 from .lora import LoRA, average_factors, average_products, new_lora
 from .miniature import load_clip, tokenise
-from .pipeline import Recycler, meta_lora, pool_images, pruned
+from .pipeline import Recycler, Scale, altered, meta_backbone, meta_lora, pool_images, pruned
 
-# %% ../nbs/21_methods.ipynb #c88b1e88
+# %% ../nbs/21_methods.ipynb #50e11910
 def by_prototype(lora: Callable[[Recycler, int], LoRA | None]) -> Callable:
     "The tuning-free method that embeds with `lora(run, shot)` and takes the nearest prototype."
     def predict(run: Recycler, data: ImageSet, episodes: Episodes, shot: int) -> Tensor:
@@ -37,11 +39,16 @@ def from_zero(run: Recycler, shot: int, **how) -> LoRA:
     steps = 4*run.scale.distill.steps
     return meta_lora(run, shot, start='zero', rank=4, lr=2*run.scale.distill.lr, steps=steps, cycle=steps, **how)[0]
 
-def recycled(plan: dict | None = None, **how) -> dict[str, Callable]:
-    "LoRA Recycle from both starts, by variant: inverted with the prune plan `plan`, `how` as in `meta_lora`."
-    source = (lambda run: pruned(run, plan)) if plan else (lambda run: run)
-    return {'': by_prototype(lambda run, shot: meta_lora(source(run), shot, **how)[0]),
-            'start at zero': by_prototype(lambda run, shot: from_zero(source(run), shot, **how))}
+def recycled(source: Callable[[Recycler], Recycler] = lambda run: run, **how) -> dict[str, Callable]:
+    "LoRA Recycle from both starts, by variant, on the LoRAs and images of `source(run)`; `how` as in `meta_lora`, a function being asked with the run."
+    ask = lambda run: {k: v(run) if callable(v) else v for k, v in how.items()}
+    return {'': by_prototype(lambda run, shot: meta_lora(source(run), shot, **ask(run))[0]),
+            'start at zero': by_prototype(lambda run, shot: from_zero(source(run), shot, **ask(run)))}
+
+def whole(run: Recycler, data: ImageSet, episodes: Episodes, shot: int) -> Tensor:
+    "LoRA Recycle without a LoRA: all weights learn, in the four times as many steps of `from_zero`; nearest prototype (Table 8)."
+    steps = 4*run.scale.distill.steps
+    return nearest_prototype(embed(meta_backbone(run, shot, steps=steps, cycle=steps), data.images), episodes)
 
 # %% ../nbs/21_methods.ipynb #70303426
 def on_features(predict: Callable[[Recycler, Tensor, Episodes, int, ImageSet], Tensor]) -> Callable:
@@ -60,7 +67,15 @@ def caml(run: Recycler, features: Tensor, episodes: Episodes, shot: int, pool: s
     model, _ = train_caml(seen, replace(run.scale.caml, way=way, shot=shot), generator(run.seed, 'caml', run.name, shot))
     return caml_predict(model, features, episodes)
 
-# %% ../nbs/21_methods.ipynb #93236648
+# %% ../nbs/21_methods.ipynb #888f7f51
+def sizes(scale: Scale, method: str, per_task: bool = False) -> dict:
+    "The fields of `scale` that decide what `method` answers; `per_task`: it is tuned for each episode."
+    names = ['per_class', 'way', 'n_query', 'invert', 'distill']
+    if per_task: names += ['tune', 'hub', 'n_val']
+    if method == 'CAML': names += ['caml']
+    return {n: getattr(scale, n) for n in names}
+
+# %% ../nbs/21_methods.ipynb #087fee37
 def validation_rate(run: Recycler, name: str, tune: Callable, shot: int, rates: tuple) -> float:
     "The rate for the fine-tuned method `name` on the meta-validation classes of the run's sources; `tune(run, images, episodes, config, shot, gen) -> Tuned`."
     each = max(2, run.scale.n_val//len(run.sources))
@@ -72,7 +87,7 @@ def validation_rate(run: Recycler, name: str, tune: Callable, shot: int, rates: 
             parts.append(tune(run, data.images, episodes, replace(run.scale.tune, lr=rate), shot, generator(run.seed, name, source, shot, 'val')))
         return join_tuned(parts)
     make = lambda: dict(rate=torch.tensor(choose_rate(score, rates)[0], dtype=torch.float64))
-    key = dict(method=name, market=run.market_key, scale=run.scale, shot=shot, rates=rates, seed=run.seed)
+    key = dict(method=name, market=run.market_key, sizes=sizes(run.scale, name, True), shot=shot, rates=rates, seed=run.seed)
     return run.cache.get('rate', key, make)['rate'].item()
 
 def fine_tuned(name: str, tune: Callable, rates: tuple = RATES, **config) -> Callable:
@@ -84,7 +99,7 @@ def fine_tuned(name: str, tune: Callable, rates: tuple = RATES, **config) -> Cal
         return tuner(run, data.images, episodes, replace(run.scale.tune, lr=rate), shot, gen).predicted
     return predict
 
-# %% ../nbs/21_methods.ipynb #ea4b189e
+# %% ../nbs/21_methods.ipynb #0994801a
 def _full(run, images, episodes, config, shot, gen): return tune_full(run.backbone, images, episodes, config, gen)
 def _head(run, images, episodes, config, shot, gen): return tune_head(embed(run.backbone, images), episodes, config, gen)
 def _lora(run, images, episodes, config, shot, gen):
@@ -96,7 +111,7 @@ def pmf_tensors(run: Recycler, shot: int, pool: str) -> dict[str, Tensor]:
     "P>M>F's backbone, meta-trained on `pool`, with scale and bias; from the cache if it is there."
     images, config = pool_images(run, pool), replace(run.scale.distill, shot=shot, lr=PMF_RATE)
     make = lambda: meta_train(run.backbone, images, config, generator(run.seed, 'pmf', run.name, shot))[0]
-    return run.cache.get('pmf', dict(market=run.market_key, scale=run.scale, config=config, pool=pool, seed=run.seed), make)
+    return run.cache.get('pmf', dict(market=run.market_key, sizes=sizes(run.scale, 'P>M>F'), config=config, pool=pool, seed=run.seed), make)
 
 PMF_RATE = 1e-4     # of the meta-training of all weights
 def _pmf(pool): return lambda run, images, episodes, config, shot, gen: tune_pmf(run.backbone, images, episodes, pmf_tensors(run, shot, pool), config, gen)
@@ -132,35 +147,48 @@ TUNING_FREE = {('NN', ''): by_prototype(lambda run, shot: None),
                ('Tip-Adapter', ''): on_features(lambda run, f, episodes, shot, data: tip_adapter(f, episodes, class_texts(data)))}
 OURS = {('LoRA Recycle', start): f for start, f in recycled().items()}
 
-# %% ../nbs/21_methods.ipynb #05fd0aed
+# %% ../nbs/21_methods.ipynb #1f5cacc6
 METHODS = FINE_TUNED | TUNING_FREE | OURS
-METHODS |= {('LoRA Recycle', 'real images (oracle)'): by_prototype(lambda run, shot: meta_lora(run, shot, 'real')[0]),
-            ('LoRA Recycle', 'noise images'): by_prototype(lambda run, shot: meta_lora(run, shot, 'noise')[0]),
-            ('LoRA Recycle', 'start at zero, real images (oracle)'): by_prototype(lambda run, shot: from_zero(run, shot, pool='real')),
-            ('LoRA Recycle', 'start at zero, noise images'): by_prototype(lambda run, shot: from_zero(run, shot, pool='noise')),
-            ('CAML', 'real images (oracle)'): on_features(lambda run, f, episodes, shot, data: caml(run, f, episodes, shot, 'real')),
+METHODS |= {('LoRA Recycle', label(name, start)): f for name, pool in (('real images (oracle)', 'real'), ('noise images', 'noise')) for start, f in recycled(pool=pool).items()}
+METHODS |= {('CAML', 'real images (oracle)'): on_features(lambda run, f, episodes, shot, data: caml(run, f, episodes, shot, 'real')),
             ('P>M>F', 'real images (oracle)'): fine_tuned('pmf real', _pmf('real'), (0., 1e-4, 1e-3, 1e-2), optimiser='adam'),
             ('LoRAHub + NN', ''): by_hub(own_prototype)}
 METHODS |= {(name, PAPERS): fine_tuned(name, tune, (.1,)) for name, tune in TUNERS.items()}
 GRID = {(name, f'{optimiser.upper() if optimiser == "sgd" else "Adam"} steps={steps} lr={lr}'): fine_tuned(name, TUNERS[name], (lr,), optimiser=optimiser, steps=steps)
         for name in ('Full Finetuning', 'LoRA + Linear') for optimiser in ('sgd', 'adam') for steps in (50, 5) for lr in RATES}
 METHODS |= GRID
-METHODS |= {('LoRA Recycle', label(str(plan), start)): f for plan in MINIATURE_PLANS for start, f in recycled(plan).items()}
-METHODS |= {('LoRA Recycle', label(str(plan), 'whole images', start)): f for plan in MINIATURE_PLANS for start, f in recycled(plan, share=0).items()}
+METHODS |= {('LoRA Recycle', label(str(plan), start)): f for plan in MINIATURE_PLANS for start, f in recycled(partial(pruned, plan=plan)).items()}
+METHODS |= {('LoRA Recycle', label(str(plan), 'whole images', start)): f for plan in MINIATURE_PLANS for start, f in recycled(partial(pruned, plan=plan), share=0).items()}
 METHODS |= {(f'LoRA Recycle_{share}', label(name, start)): f for share in (25, 50, 75) for name, rule in MASKS
             for start, f in recycled(share=share/100, rule=rule).items()}
 BOUNDS = tuple(label(*m) for m in METHODS if 'oracle' in m[1] or 'noise' in m[1])
 ONE_BY_ONE = ('Full Finetuning', 'LoRA + Linear', 'P>M>F', 'LoRAs Avg + Linear', 'MOLE', 'LoRAHub', 'LoRAHub + NN')   # pay for every episode: fewer of them
 
-# %% ../nbs/21_methods.ipynb #d2b76911
+# %% ../nbs/21_methods.ipynb #765afea3
+half_of = lambda part: lambda run: tuple(range(run.backbone.layers))[slice(*((None, run.backbone.layers//2) if part == 'first half' else (run.backbone.layers//2, None)))]
+ALPHAS, RANKS, MARKET_SIZES = (0., .002, .2), {'rank 2': 2, 'ranks 4 and 8': (4, 8), 'rank 16': 16}, (5, 10, 25, 50, 100)
+ABLATIONS = {'without interpolation': recycled(mix=0.),                                   # Table 7: Eq. 3 alone
+             'mixed tasks only': recycled(mix=1.),                                        # Eq. 4 alone
+             'plain distillation': recycled(mix=0., distance='head'),                     # no few-shot task
+             'other images': recycled(pool='other'),
+             '16 images a class': recycled(lambda run: altered(run, invert=dict(per_class=16)))}
+ABLATIONS |= {part: recycled(layers=half_of(part)) for part in ('first half', 'last half')}
+ABLATIONS |= {name: recycled(partial(altered, market=dict(rank=rank))) for name, rank in RANKS.items()}
+ABLATIONS |= {f'alpha_R={alpha}': recycled(partial(altered, invert=dict(alpha_bn=alpha))) for alpha in ALPHAS}
+ABLATIONS |= {f'{n} LoRAs': recycled(lambda run: altered(run, market=dict(n_loras=run.scale.large)), n_loras=n) for n in MARKET_SIZES}
+METHODS |= {('LoRA Recycle', label(name, start)): f for name, both in ABLATIONS.items() for start, f in both.items()}
+METHODS |= {('LoRA Recycle', 'entire VFM'): whole}
+
+# %% ../nbs/21_methods.ipynb #5a166183
 def answers(run: Recycler, target: str, method: tuple[str, str], shot: int, split: str = 'test') -> dict[str, Tensor]:
     "`method` with LoRAs of `run` on `split` of the set `target` (stage 4): right answers of each episode [T], number of diverged episodes."
-    scale = run.scale
+    scale, per_task = run.scale, method[0] in ONE_BY_ONE
+    n = scale.n_tuned if per_task else scale.n_tasks
     def make():
-        data, n = load_set(target, scale.per_class).split(split), scale.n_tuned if method[0] in ONE_BY_ONE else scale.n_tasks
+        data = load_set(target, scale.per_class).split(split)
         predicted = METHODS[method](run, data, draw_episodes(data, split, n, scale.way, shot, scale.n_query, run.seed), shot)
         return dict(right=right_answers(predicted), diverged=(predicted < 0).all(-1).all(-1).sum())
-    key = dict(market=run.market_key, target=target, scale=scale, method=method, shot=shot, split=split, seed=run.seed)
+    key = dict(market=run.market_key, target=target, sizes=sizes(scale, method[0], per_task), n=n, method=method, shot=shot, split=split, seed=run.seed)
     return run.cache.get('answers', key, make)
 
 def accuracy_rows(run: Recycler, target: str, method: tuple[str, str], shot: int, found: dict[str, Tensor]) -> list[dict]:
