@@ -142,7 +142,7 @@ def blank_dropped(images: Tensor, kept: Tensor, patch: int) -> Tensor:
     mask = mask.view(*kept.shape[:-1], 1, rows, columns)
     return images*mask.repeat_interleave(patch, -2).repeat_interleave(patch, -1)
 
-# %% ../nbs/05_backbone.ipynb #1a876db3
+# %% ../nbs/05_backbone.ipynb #23051eff
 @dataclass
 class Encoded:
     "features [B,D_out]; kept: patch numbers that survived [B,K]; tokens: residual stream after each layer, if asked for."
@@ -150,12 +150,20 @@ class Encoded:
     kept: Tensor
     tokens: list[Tensor]
 
+def _stem(backbone: Backbone, images: Tensor) -> Tensor:
+    "`images` [B,3,H,W] after the convolutions `stem.0`, `stem.1`, ..., each with ReLU; most backbones have none, LV-ViT has three."
+    w, i, step = backbone.weights, 0, backbone.patch//backbone.weights['conv1.weight'].shape[-1]
+    while f'stem.{i}.weight' in w:
+        kernel = w[f'stem.{i}.weight']
+        images, i = F.conv2d(images, kernel, w[f'stem.{i}.bias'], stride=1 if i else step, padding=kernel.shape[-1]//2).relu(), i+1
+    return images
+
 def embed_patches(backbone: Backbone, images: Tensor) -> Tensor:
     "Patches of normalised images [B,3,H,W], with positions, [CLS] first: [B,N,D]."
     w, sides = backbone.weights, images.shape[-2:]
     if any(side % backbone.patch for side in sides):
         raise ValueError(f'images of {tuple(sides)} pixels do not divide into patches of {backbone.patch}; resize them')
-    x = F.conv2d(images, w['conv1.weight'], w.get('conv1.bias'), stride=backbone.patch).flatten(2).transpose(1, 2)
+    x = F.conv2d(_stem(backbone, images), w['conv1.weight'], w.get('conv1.bias'), stride=w['conv1.weight'].shape[-1]).flatten(2).transpose(1, 2)
     if x.shape[1] != backbone.n_patches:
         raise ValueError(f'images of {tuple(images.shape[-2:])} give {x.shape[1]} patches; {backbone.name} has positions for {backbone.n_patches}. Resize them.')
     return torch.cat([w['class_embedding'].expand(len(x), 1, -1), x], 1)+w['positional_embedding']

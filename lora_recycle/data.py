@@ -19,12 +19,12 @@ from torch import Tensor
 from .core import check_choice, check_int, generator
 from .glyphs import IMAGE_SIZE, Look, draw_mask, glyph_classes, render
 
-# %% ../nbs/02_data.ipynb #052f6ee3
+# %% ../nbs/02_data.ipynb #a23bac98
 SPLITS = ('train', 'val', 'test')
 
 @dataclass(frozen=True)
 class ImageSet:
-    "Images uint8 [n,3,h,w], labels int64 [n] into `classes` (names), and for each split the class numbers that belong to it."
+    "Images uint8 [n,3,h,w] (or `datasets.FileImages`, which reads them), labels int64 [n] into `classes` (names), and for each split the class numbers that belong to it."
     name: str
     images: Tensor
     labels: Tensor
@@ -41,7 +41,8 @@ class ImageSet:
         chosen = self.splits[check_choice('split', split, SPLITS)]
         rows = torch.isin(self.labels, torch.tensor(chosen, dtype=torch.int64)).nonzero()[:, 0]
         splits = {s: chosen if s == split else () for s in SPLITS}
-        return ImageSet(self.name, self.images[rows], self.labels[rows], self.classes, splits)
+        images = self.images[rows] if isinstance(self.images, Tensor) else self.images.subset(rows)
+        return ImageSet(self.name, images, self.labels[rows], self.classes, splits)
 
 # %% ../nbs/02_data.ipynb #5a2d5b87
 def deal_classes(n_classes: int, name: str, shares: tuple = (.64, .16)) -> dict[str, tuple[int, ...]]:

@@ -80,19 +80,20 @@ def private_data(data: ImageSet, config: MarketConfig, seed: int) -> tuple[Tenso
     n, k = min(t.shape[1] for t in train), min(h.shape[1] for h in held)
     return torch.stack(classes), torch.stack([t[:, :n] for t in train]), torch.stack([h[:, :k] for h in held])
 
-# %% ../nbs/07_market.ipynb #5c362e15
-def tune_market(backbone: Backbone, data: ImageSet, config: MarketConfig = MarketConfig(), seed: int = 0) -> Market:
-    "Tune `config.n_loras` LoRAs with heads, each on `way` random meta-training classes of `data`."
-    classes, train, held = private_data(data, config, seed)
-    M, way = classes.shape
+# %% ../nbs/07_market.ipynb #96fe2770
+def tune_market(backbone: Backbone, data: ImageSet, config: MarketConfig = MarketConfig(), seed: int = 0, part: slice = slice(None)) -> Market:
+    "Tune `config.n_loras` LoRAs with heads, each on `way` random meta-training classes of `data`; only those in `part`, which come out as they would among all."
+    classes, train, held = (t[part] for t in private_data(data, config, seed))
+    (M, way), total = classes.shape, config.n_loras
     gen = generator(seed, 'tune', data.name)
-    lora = new_lora(backbone.layers, backbone.width, max(config.ranks), gen, n=M)
+    lora = new_lora(backbone.layers, backbone.width, max(config.ranks), gen, n=total)
     spare = torch.arange(lora.rank) >= torch.tensor(config.ranks)[:, None]      # columns beyond a LoRA's rank: 0, and their gradients too
-    lora = replace(lora, A=lora.A.masked_fill(spare[:, None, None, None], 0.), W=torch.zeros(M, backbone.out_dim, way), b=torch.zeros(M, way))
+    lora = replace(lora, A=lora.A.masked_fill(spare[:, None, None, None], 0.))[part]
+    lora = replace(lora, W=torch.zeros(M, backbone.out_dim, way), b=torch.zeros(M, way))
     lora = lora.map(lambda t: t.to(backbone.device).requires_grad_())
     opt = torch.optim.Adam(lora.tensors().values(), lr=config.lr)
     for _ in tqdm(range(config.steps), desc=f'tune {M} LoRAs on {data.name}', leave=False):
-        drawn = torch.randint(train[0].numel(), (M, config.batch), generator=gen)
+        drawn = torch.randint(train[0].numel(), (total, config.batch), generator=gen)[part]
         images = normalise(data.images[train.flatten(1).gather(1, drawn).flatten()], backbone)
         labels = (drawn//train.shape[2]).flatten().to(backbone.device)
         loss = F.cross_entropy(head_logits(encode(backbone, images, lora).features, lora), labels)*M

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PMF_RATE', 'label', 'MINIATURE_PLANS', 'MASKS', 'STARTS', 'TUNERS', 'PAPERS', 'FINE_TUNED', 'TUNING_FREE', 'OURS',
            'METHODS', 'GRID', 'BOUNDS', 'ONE_BY_ONE', 'half_of', 'ALPHAS', 'RANKS', 'MARKET_SIZES', 'ABLATIONS',
-           'by_prototype', 'from_zero', 'recycled', 'whole', 'on_features', 'class_texts', 'caml', 'sizes',
+           'by_prototype', 'long', 'from_zero', 'recycled', 'whole', 'on_features', 'class_texts', 'caml', 'sizes',
            'validation_rate', 'fine_tuned', 'pmf_tensors', 'by_hub', 'answers', 'accuracy_rows']
 
-# %% ../nbs/21_methods.ipynb #20c9d4f1
+# %% ../nbs/21_methods.ipynb #294ef52a
 from dataclasses import replace
 from functools import partial
 from typing import Callable
@@ -18,26 +18,31 @@ from torch import Tensor
 
 from .baselines import caml_predict, linear_probe, simple_shot, tip_adapter, train_caml, zero_shot
 from .core import generator
-from .data import ImageSet, load_set
+from .data import ImageSet
 from .episodes import Episodes, draw_episodes
 from .evaluate import embed, interval, nearest_prototype, right_answers
 from .finetune import (RATES, Tuned, choose_rate, join_tuned, lorahub, meta_train, own_probe, own_prototype, tune_full, tune_head, tune_lora,
                                    tune_mole, tune_pmf)
 from .lora import LoRA, average_factors, average_products, new_lora
-from .miniature import load_clip, tokenise
-from .pipeline import Recycler, Scale, altered, meta_backbone, meta_lora, pool_images, pruned
+from .miniature import MINIATURES, load_clip, tokenise
+from .models import encode_texts
+from .pipeline import Recycler, Scale, altered, meta_backbone, meta_lora, pool_images, pruned, weights_file
 
-# %% ../nbs/21_methods.ipynb #50e11910
+# %% ../nbs/21_methods.ipynb #3016f0e3
 def by_prototype(lora: Callable[[Recycler, int], LoRA | None]) -> Callable:
     "The tuning-free method that embeds with `lora(run, shot)` and takes the nearest prototype."
     def predict(run: Recycler, data: ImageSet, episodes: Episodes, shot: int) -> Tensor:
         return nearest_prototype(embed(run.backbone, data.images, lora(run, shot)), episodes)
     return predict
 
+def long(scale: Scale) -> dict:
+    "Steps and cycle of a meta-training that does not start at the average."
+    steps = scale.zero_steps*scale.distill.steps
+    return dict(steps=steps, cycle=steps if scale.zero_steps > 1 else scale.distill.cycle)
+
 def from_zero(run: Recycler, shot: int, **how) -> LoRA:
-    "The meta-LoRA that starts at zero, as in the paper's code: rank 4, twice the rate, four times the steps in one cycle; `how` as in `meta_lora`."
-    steps = 4*run.scale.distill.steps
-    return meta_lora(run, shot, start='zero', rank=4, lr=2*run.scale.distill.lr, steps=steps, cycle=steps, **how)[0]
+    "The meta-LoRA that starts at zero, as in the paper's code: rank 4, for as long and at the rate that the scale says; `how` as in `meta_lora`."
+    return meta_lora(run, shot, **(dict(start='zero', rank=4, lr=run.scale.zero_rate*run.scale.distill.lr) | long(run.scale) | how))[0]
 
 def recycled(source: Callable[[Recycler], Recycler] = lambda run: run, **how) -> dict[str, Callable]:
     "LoRA Recycle from both starts, by variant, on the LoRAs and images of `source(run)`; `how` as in `meta_lora`, a function being asked with the run."
@@ -46,19 +51,20 @@ def recycled(source: Callable[[Recycler], Recycler] = lambda run: run, **how) ->
             'start at zero': by_prototype(lambda run, shot: from_zero(source(run), shot, **ask(run)))}
 
 def whole(run: Recycler, data: ImageSet, episodes: Episodes, shot: int) -> Tensor:
-    "LoRA Recycle without a LoRA: all weights learn, in the four times as many steps of `from_zero`; nearest prototype (Table 8)."
-    steps = 4*run.scale.distill.steps
-    return nearest_prototype(embed(meta_backbone(run, shot, steps=steps, cycle=steps), data.images), episodes)
+    "LoRA Recycle without a LoRA: all weights learn, for as long as in `from_zero`; nearest prototype (Table 8)."
+    return nearest_prototype(embed(meta_backbone(run, shot, **long(run.scale)), data.images), episodes)
 
-# %% ../nbs/21_methods.ipynb #70303426
+# %% ../nbs/21_methods.ipynb #3c2f6f4f
 def on_features(predict: Callable[[Recycler, Tensor, Episodes, int, ImageSet], Tensor]) -> Callable:
     "The method `predict(run, features, episodes, shot, data)` on the plain backbone's features [n,D] of `data`."
     return lambda run, data, episodes, shot: predict(run, embed(run.backbone, data.images), episodes, shot, data)
 
 @torch.no_grad()
-def class_texts(data: ImageSet) -> Tensor:
-    "What the miniature's text tower makes of each class name of `data`: [C,D]."
-    return load_clip().encode_text(tokenise(list(data.classes)))
+def class_texts(run: Recycler, data: ImageSet) -> Tensor:
+    "What the text tower of the run's backbone makes of each class name of `data`: [C,D]. ValueError if it has none."
+    name = run.backbone.name
+    if name in MINIATURES: return load_clip(name).encode_text(tokenise(list(data.classes)))
+    return encode_texts(name, weights_file(run.files.weights, name), [f'a photo of a {c.replace("_", " ")}.' for c in data.classes])
 
 def caml(run: Recycler, features: Tensor, episodes: Episodes, shot: int, pool: str) -> Tensor:
     "CAML's predictions; its sequence model is trained on the plain features of `pool` ('inverted': data-free, or 'real')."
@@ -67,22 +73,22 @@ def caml(run: Recycler, features: Tensor, episodes: Episodes, shot: int, pool: s
     model, _ = train_caml(seen, replace(run.scale.caml, way=way, shot=shot), generator(run.seed, 'caml', run.name, shot))
     return caml_predict(model, features, episodes)
 
-# %% ../nbs/21_methods.ipynb #888f7f51
+# %% ../nbs/21_methods.ipynb #2e615118
 def sizes(scale: Scale, method: str, per_task: bool = False) -> dict:
     "The fields of `scale` that decide what `method` answers; `per_task`: it is tuned for each episode."
-    names = ['per_class', 'way', 'n_query', 'invert', 'distill']
+    names = ['per_class', 'way', 'n_query', 'invert', 'rounds', 'prior', 'distill', 'zero_steps', 'zero_rate']
     if per_task: names += ['tune', 'hub', 'n_val']
     if method == 'CAML': names += ['caml']
     return {n: getattr(scale, n) for n in names}
 
-# %% ../nbs/21_methods.ipynb #087fee37
+# %% ../nbs/21_methods.ipynb #7c2cfa32
 def validation_rate(run: Recycler, name: str, tune: Callable, shot: int, rates: tuple) -> float:
     "The rate for the fine-tuned method `name` on the meta-validation classes of the run's sources; `tune(run, images, episodes, config, shot, gen) -> Tuned`."
     each = max(2, run.scale.n_val//len(run.sources))
     def score(rate: float) -> Tuned:
         parts = []
         for source in run.sources:
-            data = load_set(source, run.scale.per_class).split('val')
+            data = run.open(source).split('val')
             episodes = draw_episodes(data, 'val', each, run.scale.way, shot, run.scale.n_query, run.seed)
             parts.append(tune(run, data.images, episodes, replace(run.scale.tune, lr=rate), shot, generator(run.seed, name, source, shot, 'val')))
         return join_tuned(parts)
@@ -123,7 +129,7 @@ def by_hub(finish: Callable) -> Callable:
         return finish(run.backbone, data.images, episodes, made.lora)
     return predict
 
-# %% ../nbs/21_methods.ipynb #db36b6d1
+# %% ../nbs/21_methods.ipynb #c85ea6dc
 label = lambda *words: ', '.join(filter(None, words))
 MINIATURE_PLANS = ({3: .75}, {2: .75}, {1: .75}, {1: .3, 2: .3, 3: .3})
 MASKS = (('', 'attention'), ('least attended', 'inverse'), ('random patches', 'random'))
@@ -143,8 +149,8 @@ TUNING_FREE = {('NN', ''): by_prototype(lambda run, shot: None),
                ('LoRAs Avg + NN', 'mean of factors'): by_prototype(lambda run, shot: average_factors(run.market.lora)),
                ('CAML', ''): on_features(lambda run, f, episodes, shot, data: caml(run, f, episodes, shot, 'inverted')),
                ('SimpleShot', ''): on_features(lambda run, f, episodes, shot, data: simple_shot(f, episodes, embed(run.backbone, pool_images(run, 'inverted').flatten(0, 2)).mean(0))),
-               ('Zero-shot CLIP', ''): on_features(lambda run, f, episodes, shot, data: zero_shot(f, episodes, class_texts(data))),
-               ('Tip-Adapter', ''): on_features(lambda run, f, episodes, shot, data: tip_adapter(f, episodes, class_texts(data)))}
+               ('Zero-shot CLIP', ''): on_features(lambda run, f, episodes, shot, data: zero_shot(f, episodes, class_texts(run, data))),
+               ('Tip-Adapter', ''): on_features(lambda run, f, episodes, shot, data: tip_adapter(f, episodes, class_texts(run, data)))}
 OURS = {('LoRA Recycle', start): f for start, f in recycled().items()}
 
 # %% ../nbs/21_methods.ipynb #1f5cacc6
@@ -179,13 +185,13 @@ ABLATIONS |= {f'{n} LoRAs': recycled(lambda run: altered(run, market=dict(n_lora
 METHODS |= {('LoRA Recycle', label(name, start)): f for name, both in ABLATIONS.items() for start, f in both.items()}
 METHODS |= {('LoRA Recycle', 'entire VFM'): whole}
 
-# %% ../nbs/21_methods.ipynb #5a166183
+# %% ../nbs/21_methods.ipynb #7d0d05e3
 def answers(run: Recycler, target: str, method: tuple[str, str], shot: int, split: str = 'test') -> dict[str, Tensor]:
     "`method` with LoRAs of `run` on `split` of the set `target` (stage 4): right answers of each episode [T], number of diverged episodes."
     scale, per_task = run.scale, method[0] in ONE_BY_ONE
     n = scale.n_tuned if per_task else scale.n_tasks
     def make():
-        data = load_set(target, scale.per_class).split(split)
+        data = run.open(target).split(split)
         predicted = METHODS[method](run, data, draw_episodes(data, split, n, scale.way, shot, scale.n_query, run.seed), shot)
         return dict(right=right_answers(predicted), diverged=(predicted < 0).all(-1).all(-1).sum())
     key = dict(market=run.market_key, target=target, sizes=sizes(scale, method[0], per_task), n=n, method=method, shot=shot, split=split, seed=run.seed)

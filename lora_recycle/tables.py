@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['TASK_METHODS', 'RECYCLED', 'LEVELS', 'on_themselves', 'labels', 'BOTH', 'TABLES', 'DOMAIN_TABLES', 'SELECTIONS',
-           'QUICK', 'task_step', 'task_rows', 'measured_cost', 'own_cost', 'domain_pictures', 'masked_rows',
-           'pruned_rows', 'tradeoff', 'pruning_pictures', 'sparsity_pictures', 'teacher_on_patches', 'patch_rows',
-           'variant_pictures', 'size_pictures', 'tuning_pictures', 'Table', 'chosen_methods', 'table_runs',
-           'make_table']
+           'QUICK', 'PAPERS_SETS', 'PAPERS_BACKBONES', 'task_step', 'task_rows', 'measured_cost', 'own_cost',
+           'domain_pictures', 'masked_rows', 'pruned_rows', 'tradeoff', 'pruning_pictures', 'sparsity_pictures',
+           'teacher_on_patches', 'patch_rows', 'variant_pictures', 'size_pictures', 'tuning_pictures', 'Table',
+           'chosen_methods', 'needed', 'table_runs', 'make_table']
 
-# %% ../nbs/22_tables.ipynb #c5fcee3a
+# %% ../nbs/22_tables.ipynb #8beb4aa0
 import io
 import itertools
 import time
@@ -35,8 +35,9 @@ from .lora import new_lora
 from .market import head_logits
 from .methods import (ALPHAS, BOUNDS, FINE_TUNED, GRID, MARKET_SIZES, MASKS, METHODS, MINIATURE_PLANS, ONE_BY_ONE, OURS, PAPERS, RANKS, STARTS, TUNERS,
                                   TUNING_FREE, accuracy_rows, answers, label)
-from .miniature import MINIATURES, load_miniature
-from .pipeline import COST_SIZES, PAPERS_COST, POOLS, SCALES, Recycler, meta_lora, pruned
+from .miniature import MINIATURES
+from .models import load_backbone
+from .pipeline import COST_SIZES, PAPERS_COST, POOLS, SCALES, Files, Recycler, Scale, meta_lora, pruned, weights_file
 from .plots import accuracy_against_cost, accuracy_bars, image_rows, training_curves
 from .results import COLUMNS, Statement, episode_key, wide
 
@@ -335,7 +336,7 @@ TABLES = dict(
     patches=_patches(), market_size=_market_size())
 DOMAIN_TABLES = ('in_domain', 'cross_domain', 'in_domain_b32')
 
-# %% ../nbs/22_tables.ipynb #79565643
+# %% ../nbs/22_tables.ipynb #52c07652
 SELECTIONS = ('quick', 'tuning-free', 'all')
 QUICK = ('NN', 'Linear-probe', 'LoRAs Avg + NN', 'LoRAs Avg + NN, mean of factors', 'SimpleShot', 'LoRA Recycle', 'LoRA Recycle, start at zero')
 
@@ -351,13 +352,24 @@ def chosen_methods(table: str, selection: str) -> tuple:
     few = ('LoRA Recycle', 'real images (oracle)'), ('LoRA Recycle', 'noise images')
     return tuple(m for m in methods if m[0] not in ONE_BY_ONE and (label(*m) not in BOUNDS or m in few))
 
-def table_runs(table: str, scale: str, seed: int, cache: Cache, device: str = 'cpu') -> list[tuple[Recycler, str]]:
-    "A run and the set that it is tried on, for each column of `table`. ValueError for names that do not exist."
-    chosen, settings = TABLES[check_choice('table', table, TABLES)], SCALES[check_choice('scale', scale, SCALES)]
+# %% ../nbs/22_tables.ipynb #dd78ab2c
+PAPERS_SETS = dict(cyrillic='cifar_fs', greek='mini_imagenet', armenian='vgg_flower', math='cub', hebrew='chestx', arabic='isic', georgian='eurosat', digits='crop_diseases')
+PAPERS_BACKBONES = {'miniature': 'ViT-B-16', 'miniature-12': 'ViT-B-32', 'miniature-plain': 'DeiT-B'}
+
+def needed(table: str, settings: Scale) -> tuple[tuple, tuple]:
+    "Names of the backbones of `table`, and its (sources, target) pairs: at a scale on disk those of the paper, in the places of the embedded ones."
+    chosen = TABLES[check_choice('table', table, TABLES)]
+    if not settings.on_disk: return chosen.backbones, chosen.runs
+    return (tuple(PAPERS_BACKBONES[b] for b in chosen.backbones),
+            tuple((tuple(PAPERS_SETS[s] for s in sources), PAPERS_SETS[target]) for sources, target in chosen.runs))
+
+def table_runs(table: str, settings: Scale, seed: int, cache: Cache, device: str = 'cpu', files: Files = Files()) -> list[tuple[Recycler, str]]:
+    "A run and the set that it is tried on, for each column of `table`. ValueError for names that do not exist, FileNotFoundError for files."
+    names, pairs = needed(table, settings)
     check_int('seed', seed, 0)
-    backbones = {name: load_miniature(name).to(device) for name in chosen.backbones}
-    made = {(name, sources): Recycler(backbones[name], settings, seed, cache, sources) for name in backbones for sources, _ in chosen.runs}
-    return [(made[name, sources], target) for name in backbones for sources, target in chosen.runs]
+    backbones = {n: load_backbone(n, weights_file(files.weights, n) if settings.on_disk else None, device) for n in names}
+    made = {(n, sources): Recycler(backbones[n], settings, seed, cache, sources, files) for n in names for sources, _ in pairs}
+    return [(made[n, sources], target) for n in names for sources, target in pairs]
 
 def make_table(table: str, runs: list[tuple[Recycler, str]], methods: tuple, batch: int = 0, note: Callable = print) -> tuple[list[dict], dict[str, Tensor]]:
     """Rows of `table` (columns: `results.COLUMNS`) for `methods` and right answers by `episode_key`; `batch` as in `measured_cost`; `note` is told of each finished cell.
