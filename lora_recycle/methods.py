@@ -8,7 +8,7 @@ __all__ = ['PMF_RATE', 'label', 'MINIATURE_PLANS', 'MASKS', 'STARTS', 'TUNERS', 
            'by_prototype', 'long', 'from_zero', 'recycled', 'whole', 'on_features', 'class_texts', 'caml', 'sizes',
            'validation_rate', 'fine_tuned', 'pmf_tensors', 'by_hub', 'answers', 'accuracy_rows']
 
-# %% ../nbs/21_methods.ipynb #294ef52a
+# %% ../nbs/21_methods.ipynb #09a7cd6a
 from dataclasses import replace
 from functools import partial
 from typing import Callable
@@ -20,7 +20,7 @@ from .baselines import caml_predict, linear_probe, simple_shot, tip_adapter, tra
 from .core import generator
 from .data import ImageSet
 from .episodes import Episodes, draw_episodes
-from .evaluate import embed, interval, nearest_prototype, right_answers
+from .evaluate import embed, embed_asked, interval, nearest_prototype, right_answers
 from .finetune import (RATES, Tuned, choose_rate, join_tuned, lorahub, meta_train, own_probe, own_prototype, tune_full, tune_head, tune_lora,
                                    tune_mole, tune_pmf)
 from .lora import LoRA, average_factors, average_products, new_lora
@@ -28,11 +28,11 @@ from .miniature import MINIATURES, load_clip, tokenise
 from .models import encode_texts
 from .pipeline import Recycler, Scale, altered, meta_backbone, meta_lora, pool_images, pruned, weights_file
 
-# %% ../nbs/21_methods.ipynb #3016f0e3
+# %% ../nbs/21_methods.ipynb #2e27c57c
 def by_prototype(lora: Callable[[Recycler, int], LoRA | None]) -> Callable:
     "The tuning-free method that embeds with `lora(run, shot)` and takes the nearest prototype."
     def predict(run: Recycler, data: ImageSet, episodes: Episodes, shot: int) -> Tensor:
-        return nearest_prototype(embed(run.backbone, data.images, lora(run, shot)), episodes)
+        return nearest_prototype(embed_asked(run.backbone, data.images, episodes, lora(run, shot)), episodes)
     return predict
 
 def long(scale: Scale) -> dict:
@@ -52,12 +52,12 @@ def recycled(source: Callable[[Recycler], Recycler] = lambda run: run, **how) ->
 
 def whole(run: Recycler, data: ImageSet, episodes: Episodes, shot: int) -> Tensor:
     "LoRA Recycle without a LoRA: all weights learn, for as long as in `from_zero`; nearest prototype (Table 8)."
-    return nearest_prototype(embed(meta_backbone(run, shot, **long(run.scale)), data.images), episodes)
+    return nearest_prototype(embed_asked(meta_backbone(run, shot, **long(run.scale)), data.images, episodes), episodes)
 
-# %% ../nbs/21_methods.ipynb #3c2f6f4f
+# %% ../nbs/21_methods.ipynb #14be741f
 def on_features(predict: Callable[[Recycler, Tensor, Episodes, int, ImageSet], Tensor]) -> Callable:
     "The method `predict(run, features, episodes, shot, data)` on the plain backbone's features [n,D] of `data`."
-    return lambda run, data, episodes, shot: predict(run, embed(run.backbone, data.images), episodes, shot, data)
+    return lambda run, data, episodes, shot: predict(run, embed_asked(run.backbone, data.images, episodes), episodes, shot, data)
 
 @torch.no_grad()
 def class_texts(run: Recycler, data: ImageSet) -> Tensor:

@@ -120,16 +120,16 @@ class _Renormalise(nn.Module):
         self.register_buffer('shift', ((torch.tensor(backbone.mean)-torch.tensor(theirs['mean']))/scale).view(3, 1, 1))
     def forward(self, x: Tensor) -> Tensor: return x*self.scale+self.shift
 
-# %% ../nbs/20_pipeline.ipynb #4a429fdf
+# %% ../nbs/20_pipeline.ipynb #1a429e40
 def shipped_market(name: str, key) -> dict[str, Tensor] | None:
     "The shipped market of set `name` if it was made from `key`, else None."
     folder = Path(str(files('lora_recycle')))/'assets'/'market'
     manifest = json.loads((folder/'manifest.json').read_text()) if (folder/'manifest.json').is_file() else {'files': {}}
     record = manifest['files'].get(f'{name}.safetensors')
     return load_tensors(folder/f'{name}.safetensors', record['sha256']) if record and record['key'] == digest(key) else None
-def _shares(sources: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    "Tensors [M,...] put together from an equal share, the first M/len(sources) entries, of each source's [M,...]."
-    return {k: torch.cat([s[k][:len(s[k])//len(sources)] for s in sources]) for k in sources[0]}
+def _shares(sources: list[dict[str, Tensor]], n: int) -> dict[str, Tensor]:
+    "Tensors [n,...] put together from an equal share, the first entries, of each source's [M,...]."
+    return {k: torch.cat([s[k][:n//len(sources)] for s in sources]) for k in sources[0]}
 
 def _joined(chunks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     "Tensors [M,...] of all chunks, one after the other."
@@ -148,21 +148,27 @@ def _market_key(run: 'Recycler') -> dict:
     seen = digest(images if isinstance(images, Tensor) else images.digest, run.data.labels, run.data.splits)
     return dict(backbone=run.backbone.digest, images=seen, config=run.scale.market, seed=run.seed)
 
-def _market(run: 'Recycler') -> dict[str, Tensor]:
-    "The tensors of `Recycler.market` of a single source."
-    n = run.scale.market.n_loras
-    return shipped_market(run.name, run.market_key) or _joined([_tuned_chunk(run, first) for first in range(0, n, run.scale.tune_chunk or n)])
+def _market(run: 'Recycler', n: int) -> dict[str, Tensor]:
+    "The tensors of the first `n` LoRAs (at least) of the market of a single source."
+    whole = run.scale.market.n_loras
+    return shipped_market(run.name, run.market_key) or _joined([_tuned_chunk(run, first) for first in range(0, n if run.scale.tune_chunk else whole, run.scale.tune_chunk or whole)])
 
-# %% ../nbs/20_pipeline.ipynb #c7e20a0f
+def _inverted(run: 'Recycler', n: int) -> dict[str, Tensor]:
+    "`Recycler.inverted` for the first `n` LoRAs (at least) of a single source."
+    chunk = run.scale.chunk
+    lora = Market.from_tensors(_market(run, min(run.scale.market.n_loras, -(-n//chunk)*chunk))).lora
+    return _joined([_inverted_chunk(run, lora[first:first+chunk], first) for first in range(0, n, chunk)])
+
+# %% ../nbs/20_pipeline.ipynb #b7437a59
 def priors(run: 'Recycler') -> tuple[nn.Module, Tensor | None]:
     "The network of R_BN, which takes images normalised for the run's backbone, and the token statistics, which only miniatures have."
     device, name = run.backbone.device, run.backbone.name
     net = load_prior() if run.scale.prior == 'miniature' else resnet_prior(weights_file(run.files.weights, 'resnet50'), run.backbone)
     return net.to(device), load_token_stats(name).to(device) if name in MINIATURES else None
 
-def _inverted_chunk(run: 'Recycler', first: int) -> dict[str, Tensor]:
-    "`Recycler.inverted` for the LoRAs from number `first` on, as many as make a chunk, in `scale.rounds` of fewer images if memory is short."
-    lora, rounds, config = run.market.lora[first:first+run.scale.chunk], run.scale.rounds, run.scale.invert
+def _inverted_chunk(run: 'Recycler', lora: LoRA, first: int) -> dict[str, Tensor]:
+    "`Recycler.inverted` for the chunk `lora`, the LoRAs from number `first` on, in `scale.rounds` of fewer images if memory is short."
+    rounds, config = run.scale.rounds, run.scale.invert
     if config.per_class % rounds: raise ValueError(f'{config.per_class} images a class cannot be made in {rounds} rounds; change rounds')
     key = dict(backbone=run.backbone.digest, lora=digest(lora.tensors()), config=config, seed=run.seed, first=first)
     if rounds > 1 or run.scale.prior != 'miniature': key |= dict(rounds=rounds, prior=run.scale.prior)
@@ -178,7 +184,7 @@ def _check_sources(sources, n_loras: int):
     if isinstance(sources, str): raise ValueError(f'sources={sources!r} must be a tuple of names: ({sources!r},)')
     if n_loras % len(sources): raise ValueError(f'{n_loras} LoRAs cannot be shared among {len(sources)} sources; change n_loras')
 
-# %% ../nbs/20_pipeline.ipynb #a79cd3d7
+# %% ../nbs/20_pipeline.ipynb #bdd653d5
 @dataclass(frozen=True)
 class Recycler:
     "The stages of one run on LoRAs from the image sets `sources`; results are kept in `cache` under digests of all that they depend on."
@@ -214,20 +220,21 @@ class Recycler:
     @cached_property
     def market(self) -> Market:
         "The LoRAs (stage 1), shipped or tuned, `tune_chunk` at a time."
-        return Market.from_tensors(_shares([p.market.tensors() for p in self.parts]) if self.parts else _market(self))
+        n = self.scale.market.n_loras
+        return Market.from_tensors(_shares([_market(p, n//len(self.parts)) for p in self.parts], n) if self.parts else _market(self, n))
     @cached_property
     def inverted(self) -> dict[str, Tensor]:
         "Images uint8 [M,way,n,3,H,W], kept patches, loss and teacher accuracy (stage 2); `chunk` LoRAs at a time."
-        if self.parts: return _shares([p.inverted for p in self.parts])
-        return _joined([_inverted_chunk(self, first) for first in range(0, self.scale.market.n_loras, self.scale.chunk)])
+        n = self.scale.market.n_loras
+        return _shares([_inverted(p, n//len(self.parts)) for p in self.parts], n) if self.parts else _inverted(self, n)
 
-# %% ../nbs/20_pipeline.ipynb #b570ad32
+# %% ../nbs/20_pipeline.ipynb #0631aa46
 POOLS = ('inverted', 'real', 'noise', 'other')   # what meta-training may see: ours, the oracle's, the lower bound's images, real ones of elsewhere
 
 def pool_images(run: Recycler, pool: str) -> Tensor:
     "Images uint8 [M,way,n,3,H,W] for meta-training: 'inverted', 'real' (tuning images of the LoRAs), 'noise' or 'other' (those of the next in-domain set)."
     if check_choice('pool', pool, POOLS) == 'inverted': return run.inverted['images']
-    if run.parts: return _shares([dict(images=pool_images(p, pool)) for p in run.parts])['images']
+    if run.parts: return _shares([dict(images=pool_images(p, pool)) for p in run.parts], run.scale.market.n_loras)['images']
     n = run.scale.invert.per_class
     if pool == 'other':
         family = PAPER_SETS[:4] if run.name in PAPER_SETS else IN_DOMAIN
