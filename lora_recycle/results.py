@@ -125,7 +125,7 @@ def paired_difference(a,        # one number for each task [T]
         raise ValueError(f"a has shape {a.shape}, b has {b.shape}. Give the same tasks of both, at least two.")
     return float((a - b).mean()), float(1.96*(a - b).std(ddof=1)/math.sqrt(len(a)))
 
-# %% ../nbs/10_results.ipynb #dc6b3022
+# %% ../nbs/10_results.ipynb #97b176a9
 def wide(rows,           # like `read_rows` or `paper_table` gives them; one scale, one seed
          average=True,   # add the average over the sets, when there are several
         )->tuple:        # values and half intervals; index: method, columns: (data set, "1-shot", "flops_g", ...)
@@ -140,7 +140,7 @@ def wide(rows,           # like `read_rows` or `paper_table` gives them; one sca
     order = pd.MultiIndex.from_frame(long[["dataset", "column"]].drop_duplicates())
     value, half = (long.pivot(index="label", columns=["dataset", "column"], values=v).reindex(index=label.unique(), columns=order)
                    for v in ("value", "ci95"))
-    if average and long["dataset"].nunique() > 1:
+    if average and long[long["metric"] == "accuracy"]["dataset"].nunique() > 1:
         for shot in column[rows["metric"] == "accuracy"].unique():
             each = [c for c in order if c[1] == shot]
             value["average", shot] = value[each].mean(axis=1, skipna=False)
