@@ -126,15 +126,15 @@ def task_loss(backbone: Backbone, lora: LoRA | None, teachers: LoRA, images: Ten
         loss = F.kl_div(logits.log_softmax(-1).flatten(0, 2), target.flatten(0, 2), log_target=True, reduction='batchmean')
     return loss, (logits.argmax(-1) == labels).float().mean()
 
-# %% ../nbs/09_distill.ipynb #5db3fc5c
+# %% ../nbs/09_distill.ipynb #7fbf168f
 def first_lora(backbone: Backbone, teachers: LoRA, config: DistillConfig, gen: torch.Generator) -> LoRA:
     "Where meta-training starts, at `config.rank`: see `DistillConfig.start`."
     if config.start == 'average': return truncate_rank(average_products(teachers), config.rank)
     return new_lora(backbone.layers, backbone.width, config.rank, gen)
 
 def meta_train(parameters: list[Tensor], learner, backbone: Backbone, teachers: LoRA, images: Tensor, config: DistillConfig, gen: torch.Generator,
-               kept: Tensor | None = None) -> Tensor:
-    "The loop: `learner()` gives the student's LoRA and backbone (None: `backbone`) made of `parameters`, which learn. Rest and curve [steps,4] as in `distill`."
+               kept: Tensor | None = None, loss_of=task_loss) -> Tensor:
+    "The loop: `learner()` gives the student's LoRA and backbone (None: `backbone`) made of `parameters`, which learn by `loss_of`. Rest and curve [steps,4] as in `distill`."
     size, pool = images.shape[:3], images.flatten(0, 2)
     patches = None if kept is None else kept.flatten(0, 2).to(backbone.device)
     teachers, curve, opt = teachers.map(lambda t: t.to(backbone.device)), [], torch.optim.Adam(parameters, lr=config.lr)
@@ -143,20 +143,20 @@ def meta_train(parameters: list[Tensor], learner, backbone: Backbone, teachers: 
         m, c, rows = draw_tasks(size, config, mixed, gen)
         views = normalise(augment(pool[rows.flatten()].float()/255, config, gen), backbone)
         (lora, student), keep = learner(), None if patches is None else patches[rows]
-        loss, accuracy = task_loss(backbone, lora, teachers, views.view(*rows.shape, *views.shape[1:]), keep, m, c, config, mixed, student)
+        loss, accuracy = loss_of(backbone, lora, teachers, views.view(*rows.shape, *views.shape[1:]), keep, m, c, config, mixed, student)
         for group in opt.param_groups: group['lr'] = rate_at(step, config)
         opt.zero_grad(); loss.backward(); opt.step()
         curve.append((step, float(mixed), loss.item(), accuracy.item()))
     return torch.tensor(curve)
 
 def distill(backbone: Backbone, teachers: LoRA, images: Tensor, config: DistillConfig, gen: torch.Generator,
-            kept: Tensor | None = None) -> tuple[LoRA, Tensor]:
-    """Meta-train one LoRA on pool images uint8 [M,way,n,3,H,W], on the patches `kept` [M,way,n,K] only if given.
+            kept: Tensor | None = None, loss_of=task_loss) -> tuple[LoRA, Tensor]:
+    """Meta-train one LoRA on pool images uint8 [M,way,n,3,H,W], on the patches `kept` [M,way,n,K] only if given; `loss_of` has the signature of `task_loss`.
 
     Returns the meta-LoRA and its curve [steps,4]: step, mixed (0/1), loss, query accuracy."""
     learn = config.layers or tuple(range(backbone.layers))
     lora = first_lora(backbone, teachers, config, gen).map(lambda t: t.clone().to(backbone.device).requires_grad_())
-    curve = meta_train([*lora.tensors().values()], lambda: (only_layers(lora, learn), None), backbone, teachers, images, config, gen, kept)
+    curve = meta_train([*lora.tensors().values()], lambda: (only_layers(lora, learn), None), backbone, teachers, images, config, gen, kept, loss_of)
     return only_layers(lora, learn).map(lambda t: t.detach().cpu()), curve
 
 def distill_whole(backbone: Backbone, teachers: LoRA, images: Tensor, config: DistillConfig, gen: torch.Generator) -> tuple[Backbone, Tensor]:

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PMF_RATE', 'label', 'MINIATURE_PLANS', 'MASKS', 'STARTS', 'TUNERS', 'PAPERS', 'FINE_TUNED', 'TUNING_FREE', 'OURS',
-           'METHODS', 'GRID', 'BOUNDS', 'ONE_BY_ONE', 'half_of', 'ALPHAS', 'RANKS', 'MARKET_SIZES', 'ABLATIONS',
-           'by_prototype', 'long', 'from_zero', 'recycled', 'whole', 'on_features', 'class_texts', 'caml', 'sizes',
-           'validation_rate', 'fine_tuned', 'pmf_tensors', 'by_hub', 'answers', 'accuracy_rows']
+           'METHODS', 'GRID', 'ZERO_SHOT', 'BOUNDS', 'ONE_BY_ONE', 'half_of', 'ALPHAS', 'RANKS', 'MARKET_SIZES',
+           'ABLATIONS', 'by_prototype', 'long', 'from_zero', 'recycled', 'recycled_by_name', 'whole', 'on_features',
+           'caml', 'sizes', 'validation_rate', 'fine_tuned', 'pmf_tensors', 'by_hub', 'answers', 'accuracy_rows']
 
-# %% ../nbs/21_methods.ipynb #09a7cd6a
+# %% ../nbs/21_methods.ipynb #303fa318
 from dataclasses import replace
 from functools import partial
 from typing import Callable
@@ -24,11 +24,10 @@ from .evaluate import embed, embed_asked, interval, nearest_prototype, right_ans
 from .finetune import (RATES, Tuned, choose_rate, join_tuned, lorahub, meta_train, own_probe, own_prototype, tune_full, tune_head, tune_lora,
                                    tune_mole, tune_pmf)
 from .lora import LoRA, average_factors, average_products, new_lora
-from .miniature import MINIATURES, load_clip, tokenise
-from .models import encode_texts
-from .pipeline import Recycler, Scale, altered, meta_backbone, meta_lora, pool_images, pruned, weights_file
+from .pipeline import Recycler, Scale, altered, meta_backbone, meta_lora, pool_images, pruned
+from .zero_shot import by_text, name_texts, text_hub, text_market, text_meta, text_mole
 
-# %% ../nbs/21_methods.ipynb #2e27c57c
+# %% ../nbs/21_methods.ipynb #c86d04ec
 def by_prototype(lora: Callable[[Recycler, int], LoRA | None]) -> Callable:
     "The tuning-free method that embeds with `lora(run, shot)` and takes the nearest prototype."
     def predict(run: Recycler, data: ImageSet, episodes: Episodes, shot: int) -> Tensor:
@@ -40,9 +39,9 @@ def long(scale: Scale) -> dict:
     steps = scale.zero_steps*scale.distill.steps
     return dict(steps=steps, cycle=steps if scale.zero_steps > 1 else scale.distill.cycle)
 
-def from_zero(run: Recycler, shot: int, **how) -> LoRA:
-    "The meta-LoRA that starts at zero, as in the paper's code: rank 4, for as long and at the rate that the scale says; `how` as in `meta_lora`."
-    return meta_lora(run, shot, **(dict(start='zero', rank=4, lr=run.scale.zero_rate*run.scale.distill.lr) | long(run.scale) | how))[0]
+def from_zero(run: Recycler, shot: int, meta: Callable = meta_lora, **how) -> LoRA:
+    "The meta-LoRA that starts at zero, as in the paper's code: rank 4, for as long and at the rate that the scale says; `how` as in `meta`."
+    return meta(run, shot, **(dict(start='zero', rank=4, lr=run.scale.zero_rate*run.scale.distill.lr) | long(run.scale) | how))[0]
 
 def recycled(source: Callable[[Recycler], Recycler] = lambda run: run, **how) -> dict[str, Callable]:
     "LoRA Recycle from both starts, by variant, on the LoRAs and images of `source(run)`; `how` as in `meta_lora`, a function being asked with the run."
@@ -50,21 +49,18 @@ def recycled(source: Callable[[Recycler], Recycler] = lambda run: run, **how) ->
     return {'': by_prototype(lambda run, shot: meta_lora(source(run), shot, **ask(run))[0]),
             'start at zero': by_prototype(lambda run, shot: from_zero(source(run), shot, **ask(run)))}
 
+def recycled_by_name(pool: str) -> dict[str, Callable]:
+    "Zero-shot LoRA Recycle from both starts on the pool `pool`, by variant."
+    return {'': by_text(lambda run: text_meta(run, pool=pool)[0]), 'start at zero': by_text(lambda run: from_zero(run, 0, text_meta, pool=pool))}
+
 def whole(run: Recycler, data: ImageSet, episodes: Episodes, shot: int) -> Tensor:
     "LoRA Recycle without a LoRA: all weights learn, for as long as in `from_zero`; nearest prototype (Table 8)."
     return nearest_prototype(embed_asked(meta_backbone(run, shot, **long(run.scale)), data.images, episodes), episodes)
 
-# %% ../nbs/21_methods.ipynb #14be741f
+# %% ../nbs/21_methods.ipynb #2053837e
 def on_features(predict: Callable[[Recycler, Tensor, Episodes, int, ImageSet], Tensor]) -> Callable:
     "The method `predict(run, features, episodes, shot, data)` on the plain backbone's features [n,D] of `data`."
     return lambda run, data, episodes, shot: predict(run, embed_asked(run.backbone, data.images, episodes), episodes, shot, data)
-
-@torch.no_grad()
-def class_texts(run: Recycler, data: ImageSet) -> Tensor:
-    "What the text tower of the run's backbone makes of each class name of `data`: [C,D]. ValueError if it has none."
-    name = run.backbone.name
-    if name in MINIATURES: return load_clip(name).encode_text(tokenise(list(data.classes)))
-    return encode_texts(name, weights_file(run.files.weights, name), [f'a photo of a {c.replace("_", " ")}.' for c in data.classes])
 
 def caml(run: Recycler, features: Tensor, episodes: Episodes, shot: int, pool: str) -> Tensor:
     "CAML's predictions; its sequence model is trained on the plain features of `pool` ('inverted': data-free, or 'real')."
@@ -73,12 +69,13 @@ def caml(run: Recycler, features: Tensor, episodes: Episodes, shot: int, pool: s
     model, _ = train_caml(seen, replace(run.scale.caml, way=way, shot=shot), generator(run.seed, 'caml', run.name, shot))
     return caml_predict(model, features, episodes)
 
-# %% ../nbs/21_methods.ipynb #2e615118
+# %% ../nbs/21_methods.ipynb #3b06e08c
 def sizes(scale: Scale, method: str, per_task: bool = False) -> dict:
     "The fields of `scale` that decide what `method` answers; `per_task`: it is tuned for each episode."
     names = ['per_class', 'way', 'n_query', 'invert', 'rounds', 'prior', 'distill', 'zero_steps', 'zero_rate']
     if per_task: names += ['tune', 'hub', 'n_val']
     if method == 'CAML': names += ['caml']
+    if method == 'LoRAHub + zero-shot': names += ['hub']
     return {n: getattr(scale, n) for n in names}
 
 # %% ../nbs/21_methods.ipynb #7c2cfa32
@@ -129,7 +126,7 @@ def by_hub(finish: Callable) -> Callable:
         return finish(run.backbone, data.images, episodes, made.lora)
     return predict
 
-# %% ../nbs/21_methods.ipynb #c85ea6dc
+# %% ../nbs/21_methods.ipynb #cee5a3e8
 label = lambda *words: ', '.join(filter(None, words))
 MINIATURE_PLANS = ({3: .75}, {2: .75}, {1: .75}, {1: .3, 2: .3, 3: .3})
 MASKS = (('', 'attention'), ('least attended', 'inverse'), ('random patches', 'random'))
@@ -149,11 +146,11 @@ TUNING_FREE = {('NN', ''): by_prototype(lambda run, shot: None),
                ('LoRAs Avg + NN', 'mean of factors'): by_prototype(lambda run, shot: average_factors(run.market.lora)),
                ('CAML', ''): on_features(lambda run, f, episodes, shot, data: caml(run, f, episodes, shot, 'inverted')),
                ('SimpleShot', ''): on_features(lambda run, f, episodes, shot, data: simple_shot(f, episodes, embed(run.backbone, pool_images(run, 'inverted').flatten(0, 2)).mean(0))),
-               ('Zero-shot CLIP', ''): on_features(lambda run, f, episodes, shot, data: zero_shot(f, episodes, class_texts(run, data))),
-               ('Tip-Adapter', ''): on_features(lambda run, f, episodes, shot, data: tip_adapter(f, episodes, class_texts(run, data)))}
+               ('Zero-shot CLIP', ''): on_features(lambda run, f, episodes, shot, data: zero_shot(f, episodes, name_texts(run, data, False))),
+               ('Tip-Adapter', ''): on_features(lambda run, f, episodes, shot, data: tip_adapter(f, episodes, name_texts(run, data, False)))}
 OURS = {('LoRA Recycle', start): f for start, f in recycled().items()}
 
-# %% ../nbs/21_methods.ipynb #1f5cacc6
+# %% ../nbs/21_methods.ipynb #d0378825
 METHODS = FINE_TUNED | TUNING_FREE | OURS
 METHODS |= {('LoRA Recycle', label(name, start)): f for name, pool in (('real images (oracle)', 'real'), ('noise images', 'noise')) for start, f in recycled(pool=pool).items()}
 METHODS |= {('CAML', 'real images (oracle)'): on_features(lambda run, f, episodes, shot, data: caml(run, f, episodes, shot, 'real')),
@@ -167,6 +164,12 @@ METHODS |= {('LoRA Recycle', label(str(plan), start)): f for plan in MINIATURE_P
 METHODS |= {('LoRA Recycle', label(str(plan), 'whole images', start)): f for plan in MINIATURE_PLANS for start, f in recycled(partial(pruned, plan=plan), share=0).items()}
 METHODS |= {(f'LoRA Recycle_{share}', label(name, start)): f for share in (25, 50, 75) for name, rule in MASKS
             for start, f in recycled(share=share/100, rule=rule).items()}
+ZERO_SHOT = {('Zero-shot CLIP', 'prompt'): by_text(lambda run: None),            # Table 12
+             ('LoRAs Avg + zero-shot', ''): by_text(lambda run: average_products(text_market(run).lora)),
+             ('MOLE + zero-shot', ''): by_text(text_mole), ('LoRAHub + zero-shot', ''): by_text(text_hub)}
+ZERO_SHOT |= {('LoRA Recycle + zero-shot', label(name, start)): f for name, pool in (('', 'inverted'), ('real images (oracle)', 'real'), ('noise images', 'noise'))
+              for start, f in recycled_by_name(pool).items()}
+METHODS |= ZERO_SHOT
 BOUNDS = tuple(label(*m) for m in METHODS if 'oracle' in m[1] or 'noise' in m[1])
 ONE_BY_ONE = ('Full Finetuning', 'LoRA + Linear', 'P>M>F', 'LoRAs Avg + Linear', 'MOLE', 'LoRAHub', 'LoRAHub + NN')   # pay for every episode: fewer of them
 
@@ -185,14 +188,14 @@ ABLATIONS |= {f'{n} LoRAs': recycled(lambda run: altered(run, market=dict(n_lora
 METHODS |= {('LoRA Recycle', label(name, start)): f for name, both in ABLATIONS.items() for start, f in both.items()}
 METHODS |= {('LoRA Recycle', 'entire VFM'): whole}
 
-# %% ../nbs/21_methods.ipynb #7d0d05e3
+# %% ../nbs/21_methods.ipynb #8098f074
 def answers(run: Recycler, target: str, method: tuple[str, str], shot: int, split: str = 'test') -> dict[str, Tensor]:
-    "`method` with LoRAs of `run` on `split` of the set `target` (stage 4): right answers of each episode [T], number of diverged episodes."
+    "`method` with LoRAs of `run` on `split` of the set `target` (stage 4): right answers of each episode [T], number of diverged episodes; 0 shots: the episodes of 1 shot, support unread."
     scale, per_task = run.scale, method[0] in ONE_BY_ONE
     n = scale.n_tuned if per_task else scale.n_tasks
     def make():
         data = run.open(target).split(split)
-        predicted = METHODS[method](run, data, draw_episodes(data, split, n, scale.way, shot, scale.n_query, run.seed), shot)
+        predicted = METHODS[method](run, data, draw_episodes(data, split, n, scale.way, max(shot, 1), scale.n_query, run.seed), shot)
         return dict(right=right_answers(predicted), diverged=(predicted < 0).all(-1).all(-1).sum())
     key = dict(market=run.market_key, target=target, sizes=sizes(scale, method[0], per_task), n=n, method=method, shot=shot, split=split, seed=run.seed)
     return run.cache.get('answers', key, make)
