@@ -42,7 +42,7 @@ from .plots import accuracy_against_cost, accuracy_bars, image_rows, training_cu
 from .zero_shot import every_class_rows, text_pictures
 from .results import COLUMNS, Statement, episode_key, wide
 
-# %% ../nbs/22_tables.ipynb #ffad0e6c
+# %% ../nbs/22_tables.ipynb #8ed77b3a
 TASK_METHODS = ('Full Finetuning', 'LoRA + Linear', 'LoRA Recycle')
 
 def task_step(shape: tuple, method: str, steps: int, shot: int = 1, n_query: int = 15, device: str = 'cpu', seed: int = 0) -> Callable:
@@ -57,26 +57,28 @@ def task_step(shape: tuple, method: str, steps: int, shot: int = 1, n_query: int
             'LoRA + Linear': lambda: tune_lora(backbone, images, episodes, lora, config, gen),
             'LoRA Recycle': lambda: nearest_prototype(embed(backbone, images, lora), episodes)}[check_choice('method', method, TASK_METHODS)]
 
-def task_rows(shapes: tuple, steps: int = 50, repeats: tuple = (3, 1), device: str = 'cpu', seed: int = 0) -> pd.DataFrame:
-    "For each shape and method tasks per second (median of as many interleaved rounds as `repeats` gives the shape) and peak memory of a fresh process, each after its ratio to full fine-tuning."
+def task_rows(shapes: tuple, steps: tuple = (50, 5), repeats: tuple = (3, 1), device: str = 'cpu', seed: int = 0) -> pd.DataFrame:
+    """For each shape and method tasks per second (median of interleaved rounds) and peak memory of a fresh process, each after its ratio to full fine-tuning.
+
+    steps, repeats: of fine-tuning, and rounds, one for each shape: 50 steps of a big backbone take too long on a CPU; the paper has rows of 5 too."""
     rows = []
-    for shape, rounds in zip(shapes, repeats):
+    for shape, n, rounds in zip(shapes, steps, repeats):
         how = dict(shape=astuple(shape), device=device, seed=seed)
-        speed = compare(interleaved({m: task_step(method=m, steps=steps, **how) for m in TASK_METHODS}, rounds, warmup=0)).its_per_s
+        speed = compare(interleaved({m: task_step(method=m, steps=n, **how) for m in TASK_METHODS}, rounds, warmup=0)).its_per_s
         found = {m: dict(throughput_tasks_per_s=speed[m], peak_mem_mb=peak_memory('lora_recycle.tables:task_step', method=m, steps=2, **how)) for m in TASK_METHODS}
         for method, values in found.items():
             ratios = {f'{metric}_ratio': value/found[TASK_METHODS[0]][metric] for metric, value in values.items()}
-            rows += [dict(table='tuning', method=method, variant='', backbone=f'{shape.name}, random weights', dataset='noise', metric=m, value=v) for m, v in (ratios | values).items()]
+            rows += [dict(table='tuning', method=method, variant='', backbone=f'{shape.name}, random weights', dataset=f'noise, {n} steps', metric=m, value=v) for m, v in (ratios | values).items()]
     return pd.DataFrame(rows)
 
-# %% ../nbs/22_tables.ipynb #d78e04b2
+# %% ../nbs/22_tables.ipynb #050cfeeb
 def measured_cost(table: str, run: Recycler, batch: int = 0) -> pd.DataFrame:
     """The cost columns of Table 1 ('tuning'), 4 ('pruning') or 5 ('sparsity'), see `task_rows` and `cost_rows`; kept for this machine.
 
     batch: images in a step of Tables 4 and 5; 0: those of `COST_SIZES` on a CPU, the paper's (25, 100) on a GPU."""
     device, size = str(run.backbone.device), COST_SIZES[run.scale.name]
     if device != 'cpu' and run.scale.name != 'smoke': size = PAPERS_COST
-    if table == 'tuning': measure, sizes = task_rows, dict(shapes=(shape_of(run.backbone), size.shape), steps=run.scale.tune.steps)
+    if table == 'tuning': measure, sizes = task_rows, dict(shapes=(shape_of(run.backbone), size.shape), steps=(run.scale.tune.steps, 5 if device == 'cpu' else run.scale.tune.steps))
     else: measure, sizes = cost_rows, dict(table=table, batch=batch or getattr(size, table), shape=size.shape)
     def make():
         text = measure(**sizes, device=device, seed=run.seed).to_csv(index=False)
