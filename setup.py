@@ -10,6 +10,7 @@ cfg = config["DEFAULT"]
 
 setup(version=cfg["version"], description=cfg["description"], author=cfg["author"], keywords=cfg["keywords"].split(),
       long_description=(here / "README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
-      install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split()},
+      install_requires=cfg["requirements"].split(),
+      extras_require={"ray": cfg["ray_requirements"].split(), "dev": f'{cfg["dev_requirements"]} {cfg["ray_requirements"]}'.split()},
       packages=find_packages(include=["lora_recycle", "lora_recycle.*"]), zip_safe=False,
       package_data={"lora_recycle": [f"assets/**/*.{kind}" for kind in ("json", "csv", "safetensors")]})

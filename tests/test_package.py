@@ -14,7 +14,7 @@ import pytest
 import lora_recycle
 
 ROOT = Path(__file__).resolve().parent.parent
-INSTALL, TEST, JOB = 'pip install -e ".[dev]"', "nbdev_test --n_workers 1 && pytest -q", "papermill nbs/run_table.ipynb"
+INSTALL, TEST, JOB = 'pip install -e ".[dev]"', "OMP_NUM_THREADS=1 nbdev_test --n_workers 2 && OMP_NUM_THREADS=1 pytest -q -n 2", "papermill nbs/run_table.ipynb"
 # what `requirements` in settings.ini calls it -> what Python calls it
 IMPORTS = {"torch": "torch", "torchvision": "torchvision", "open_clip_torch": "open_clip", "timm": "timm", "pandas": "pandas",
            "seaborn": "seaborn", "scikit-learn": "sklearn", "safetensors": "safetensors", "tqdm": "tqdm", "matplotlib": "matplotlib",
