@@ -32,7 +32,7 @@ from .market import Market, MarketConfig, private_data, tune_market
 from .miniature import MINIATURES, load_prior, load_token_stats
 from .models import image_side, read_checkpoint
 
-# %% ../nbs/20_pipeline.ipynb #8a9bdb36
+# %% ../nbs/20_pipeline.ipynb #7a060ead
 @dataclass(frozen=True)
 class Scale:
     """All sizes of a run. `per_class`: images drawn of a class; `chunk`: LoRAs inverted in one batch, which is what a killed run may lose, in `rounds` of as many images;
@@ -52,7 +52,7 @@ class Scale:
     n_val: int = 4                      # meta-validation episodes on which their rate is chosen
     tune: TuneConfig = TuneConfig()
     hub: HubConfig = HubConfig()
-    caml: CamlConfig = CamlConfig()
+    caml: CamlConfig = CamlConfig(way=20)
     zero_steps: int = 4                 # the start at zero takes this many times the steps of `distill`, in one cycle if above 1,
     zero_rate: float = 2.               # and this many times its rate
     rounds: int = 1
@@ -228,7 +228,7 @@ class Recycler:
         n = self.scale.market.n_loras
         return _shares([_inverted(p, n//len(self.parts)) for p in self.parts], n) if self.parts else _inverted(self, n)
 
-# %% ../nbs/20_pipeline.ipynb #0631aa46
+# %% ../nbs/20_pipeline.ipynb #bf2df925
 POOLS = ('inverted', 'real', 'noise', 'other')   # what meta-training may see: ours, the oracle's, the lower bound's images, real ones of elsewhere
 
 def pool_images(run: Recycler, pool: str) -> Tensor:
@@ -241,7 +241,7 @@ def pool_images(run: Recycler, pool: str) -> Tensor:
         return pool_images(replace(run, sources=(family[(family.index(run.name)+1) % len(family)],)), 'real')
     if pool == 'real': return run.data.images[private_data(run.data, run.scale.market, run.seed)[1][:, :, :n]]
     shape = (run.scale.market.n_loras, run.scale.market.way, n, *run.data.images.shape[1:])
-    return torch.randint(256, shape, generator=generator(run.seed, 'noise', run.name)).to(torch.uint8)
+    return torch.randint(256, shape, generator=generator(run.seed, 'noise', run.name), dtype=torch.uint8)
 
 def pool_patches(run: Recycler, images: Tensor, share: float | None = None, rule: str = 'attention') -> Tensor | None:
     "Patches [M,way,n,K] that meta-training sees: those that survived the prune plan of the inversion, or `share` (0: none) dropped by `rule` in the last layer; None: all."
