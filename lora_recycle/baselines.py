@@ -80,7 +80,7 @@ def choose_tip(features: Tensor, episodes: Episodes, text: Tensor, alphas: tuple
     right = {pair: right_answers(tip_adapter(features, episodes, text, *pair)).sum().item() for pair in itertools.product(alphas, betas)}
     return max(right, key=right.get)
 
-# %% ../nbs/18_baselines.ipynb #2f32f1fe
+# %% ../nbs/18_baselines.ipynb #af0f3e13
 @dataclass(frozen=True)
 class CamlConfig:
     "Size and training of CAML. `codes`: vertices of the simplex, the largest `way`; a token is as wide as feature + codes, which `heads` must divide."
@@ -93,9 +93,10 @@ class CamlConfig:
     shot: int = 1
     n_query: int = 3       # a class
     lr: float = 3e-3
+    classes: int = 1000    # public classes, if it is trained on these
 
     def __post_init__(self):
-        for name in ('layers', 'heads', 'steps', 'tasks', 'shot', 'n_query'): check_int(name, getattr(self, name), 1)
+        for name in ('layers', 'heads', 'steps', 'tasks', 'shot', 'n_query', 'classes'): check_int(name, getattr(self, name), 1)
         check_int('codes', self.codes, 2); check_int('way', self.way, 2, self.codes)
 
 def simplex_codes(n: int) -> Tensor:

@@ -60,14 +60,14 @@ class Scale:
     prior: str = 'miniature'
     on_disk: bool = False               # the paper's data sets and backbones, from files, in place of the embedded ones
 
-# %% ../nbs/20_pipeline.ipynb #eade3d11
+# %% ../nbs/20_pipeline.ipynb #fa4cc986
 NATURAL = InvertConfig(steps=80, per_class=8, lr=.1, decay=True, alpha_bn=.02, alpha_tokens=1., alpha_tv=1., affine=.5, flip=False,
                        two_colours=True, smooth_start=6)
 SCALES = {
     'smoke': Scale('smoke', per_class=20, chunk=2, n_tasks=20, market=MarketConfig(n_loras=4, steps=4, batch=20, lr=6e-3),
                    invert=replace(NATURAL, steps=4, per_class=7),
                    distill=DistillConfig(steps=4, n_query=2, rank=8, cycle=4, warmup=1, start='average'),
-                   n_tuned=4, large=10, n_val=4, tune=TuneConfig(steps=3), hub=HubConfig(steps=3), caml=CamlConfig(steps=3, n_query=2)),
+                   n_tuned=4, large=10, n_val=4, tune=TuneConfig(steps=3), hub=HubConfig(steps=3), caml=CamlConfig(steps=3, n_query=2, classes=40)),
     'embedded': Scale('embedded', per_class=40, chunk=4, n_tasks=600, market=MarketConfig(n_loras=12, steps=60, batch=40, lr=6e-3), invert=NATURAL,
                       distill=DistillConfig(steps=60, tasks=2, n_query=3, rank=8, lr=1e-3, cycle=60, warmup=15, flip=0., affine=1.5, colour=1.3,
                                             start='average')),

@@ -74,7 +74,7 @@ def _asked(name: str, settings: Scale, shot: int, n: int) -> float:
     total = _per_class(name, settings, 'test')*len(found['test'])
     return total*(1-(1-1/total)**asked)
 
-# %% ../nbs/29_preflight.ipynb #3c1a8da0
+# %% ../nbs/29_preflight.ipynb #b2f7037f
 ALTERED = {name: (dict(rank=rank), {}) for name, rank in RANKS.items()} | {f'alpha_R={a}': ({}, dict(alpha_bn=a)) for a in ALPHAS}
 ALTERED |= {'16 images a class': ({}, dict(per_class=16))} | {str(plan): ({}, dict(plan=tuple(plan.items()))) for plan in MINIATURE_PLANS}
 
@@ -87,13 +87,13 @@ def altered_scale(settings: Scale, variant: str) -> Scale:
 
 _NAMED = ' + zero-shot'      # ends a method of Table 12, which has a market, images and meta-trainings of its own: class names for heads
 _MARKET = ('LoRAs Avg + NN', 'LoRAs Avg + Linear', 'LoRAs Avg'+_NAMED, 'MOLE', 'LoRAHub', 'LoRAHub + NN')
-_POOLED = ('SimpleShot', 'P>M>F', 'MOLE'+_NAMED, 'LoRAHub'+_NAMED)      # learn from the inverted images, unless from real ones
+_POOLED = ('SimpleShot', 'CAML', 'P>M>F', 'MOLE'+_NAMED, 'LoRAHub'+_NAMED)      # learn from the inverted images, unless from real ones; so does CAML on disk, where no other images are public
 
 def stages_needed(method: tuple[str, str]) -> tuple[bool, bool, bool]:
     "Whether `method` needs LoRAs, inverted images, and meta-training."
     name, variant = method
     recycled, elsewhere = name.startswith('LoRA Recycle'), any(p in variant for p in ('real images', 'noise images', 'other images'))
-    inverted = (recycled or name in _POOLED) and not elsewhere or method == ('CAML', 'inverted images')
+    inverted = (recycled or name in _POOLED) and not elsewhere
     return recycled or inverted or name in _MARKET, inverted, recycled or name in ('P>M>F', 'MOLE'+_NAMED)
 
 # %% ../nbs/29_preflight.ipynb #e0416d25
