@@ -184,7 +184,7 @@ def _check_sources(sources, n_loras: int):
     if isinstance(sources, str): raise ValueError(f'sources={sources!r} must be a tuple of names: ({sources!r},)')
     if n_loras % len(sources): raise ValueError(f'{n_loras} LoRAs cannot be shared among {len(sources)} sources; change n_loras')
 
-# %% ../nbs/20_pipeline.ipynb #bdd653d5
+# %% ../nbs/20_pipeline.ipynb #52d7fef5
 @dataclass(frozen=True)
 class Recycler:
     "The stages of one run on LoRAs from the image sets `sources`; results are kept in `cache` under digests of all that they depend on."
@@ -211,8 +211,7 @@ class Recycler:
         return self.open(self.name)
     def open(self, name: str) -> ImageSet:
         "The image set `name`: an embedded one, or one of the paper's from disk, at the backbone's own size."
-        if name in PAPER_SETS: return on_disk(_on_disk_set(name, self.files.data), image_side(self.backbone))
-        return load_set(name, self.scale.per_class)
+        return on_disk(_on_disk_set(name, self.files.data), image_side(self.backbone)) if name in PAPER_SETS else load_set(name, self.scale.per_class)
     @cached_property
     def market_key(self) -> dict:
         "All that the market depends on."

@@ -308,13 +308,14 @@ def _meta_what() -> Table:
     more = [Statement(f'A LoRA{end} is better than the entire VFM', label('LoRA Recycle', start), 'LoRA Recycle, entire VFM') for start, end in BOTH.items()]
     return replace(made, methods=(*made.methods, ('LoRA Recycle', 'entire VFM')), statements=(*made.statements, *more))
 
-# %% ../nbs/23_tables.ipynb #671bae73
+# %% ../nbs/23_tables.ipynb #d931f565
 def _market_size() -> Table:
     "How accuracy grows with the market: parts of one large market, and more images a class."
     names = tuple(f'{n} LoRAs' for n in MARKET_SIZES)
     said = [(f'{b} recycled LoRAs are better than {a}', f'{b} LoRAs', f'{a} LoRAs', 0.) for a, b in zip(MARKET_SIZES, MARKET_SIZES[1:])]
     return _ablation((*names, '16 images a class'), tuple(said), pictures=size_pictures)
 
+# %% ../nbs/23_tables.ipynb #5e8722e6
 def _patches() -> Table:
     "Supplement: what kept patches teach, and what dropped ones do. Those that a mask of 75 % drops are those that the inverse rule keeps at 25 %."
     both = [(f'LoRA Recycle_{share}', label(rule, start)) for share in (25, 50, 75) for rule in ('', 'least attended') for start in STARTS]

@@ -40,10 +40,13 @@ def test_modules_import_only_what_is_required(settings):
     required = {re.split("[<>=!~]", r)[0] for r in settings["requirements"].split()}
     assert required == set(IMPORTS)
     allowed = {*sys.stdlib_module_names, *IMPORTS.values(), "lora_recycle"}
+    optional = {re.split("[<>=!~]", r)[0] for r in settings["ray_requirements"].split()}      # for those who have a cluster: only inside functions
     for path in (ROOT/"lora_recycle").rglob("*.py"):
+        top = ast.parse(path.read_text(encoding="utf-8")).body
+        assert not optional & {a.name.split(".")[0] for node in top if isinstance(node, ast.Import) for a in node.names}, f"{path.name} needs an optional package at once"
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or "lora_recycle"] if isinstance(node, ast.ImportFrom) and not node.level else []
-            assert {n.split(".")[0] for n in names} <= allowed, f"{path.name}: {ast.unparse(node)}"
+            assert {n.split(".")[0] for n in names} <= allowed | optional, f"{path.name}: {ast.unparse(node)}"
 
 def test_the_library_works_without_the_tools_of_developers():
     "Every module imports where these tools do not exist (seaborn alone takes IPython if it is there, so what is loaded would not tell)"
