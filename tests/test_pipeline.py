@@ -173,12 +173,12 @@ def test_a_truncated_weight_file_is_named(monkeypatch, tmp_path):
     shutil.copytree(miniature.asset_dir(), tmp_path/'miniature')
     damaged = tmp_path/'miniature'/'clip.safetensors'
     damaged.write_bytes(damaged.read_bytes()[:1000])
-    monkeypatch.setattr(miniature, 'asset_dir', lambda: tmp_path/'miniature')
+    monkeypatch.setattr(miniature, 'asset_dir', lambda name: tmp_path/name)
     with pytest.raises(ValueError, match='clip.safetensors is damaged'): miniature.load_miniature()
 
 def test_shipped_weights_and_markets_can_be_rebuilt(tmp_path):
     "The two commands that rebuild what ships run to their end, at a tiny size, and their files load"
-    tiny = {'pretrain': dict(n_images=512, n_prior_images=256, out_dir=tmp_path/'miniature'), 'ship_market': dict(scale='smoke', out_dir=tmp_path/'market')}
+    tiny = {'pretrain': dict(n_images=512, n_prior_images=256, out_dir=tmp_path), 'ship_market': dict(scale='smoke', out_dir=tmp_path/'market')}
     for name, values in tiny.items():
         done = subprocess.run([*PAPERMILL, f'nbs/{name}.ipynb', str(tmp_path/f'{name}.ipynb'), '--cwd', 'nbs', '--no-progress-bar', *(w for k, v in values.items() for w in ('-p', k, str(v)))],
                               cwd=ROOT, capture_output=True, text=True, timeout=600)
