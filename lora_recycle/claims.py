@@ -479,7 +479,7 @@ def place_map(page, results_dir, root) -> str:
         lines.append(f'| {place.paper} | {place.what} | {", ".join(here) or f"not run yet (`{place.folder}`)"} |')
     return '\n'.join(lines)+'\n'
 
-# %% ../nbs/26_claims.ipynb #e881d1de
+# %% ../nbs/26_claims.ipynb #f8fbaaab
 def _record(folder: Path) -> dict:
     "run.json of `folder`; empty if it is missing or not whole."
     try: return json.loads((folder/'run.json').read_text(encoding='utf-8'))
@@ -504,7 +504,7 @@ def lacking(folder, table: str, scale: str = 'embedded', methods: str = 'all', s
     if table in TABLES and (folder/'rows.csv').is_file():
         there = set(_labels(read_rows(folder).query("metric == 'accuracy'")))
         ends = TABLES[table].backbones if len(TABLES[table].backbones) > 1 else ('',)
-        absent = [name for name in (label(*m, end) for m in chosen_methods(table, methods) for end in ends) if name not in there]
+        absent = [name for name in (label(*m, end) for m in chosen_methods(table, methods, SCALES[scale]) for end in ends) if name not in there]
         if absent: lost.append('without '+' | '.join(absent[:6])+(f' and {len(absent)-6} more' if len(absent) > 6 else ''))
     return lost
 

@@ -6,7 +6,7 @@
 __all__ = ['check_int', 'check_choice', 'check_folder', 'digest', 'generator', 'plain', 'write_bytes', 'write_text', 'write_json',
            'save_tensors', 'load_tensors', 'load_metadata', 'Cache', 'environment']
 
-# %% ../nbs/00_core.ipynb #6f6dcdb1
+# %% ../nbs/00_core.ipynb #cf37fa3a
 import dataclasses
 import difflib
 import errno
@@ -31,6 +31,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from . import __version__
@@ -216,7 +217,7 @@ def _sweep(folder):
         except ProcessLookupError: shutil.rmtree(tmp, ignore_errors=True)
         except PermissionError: pass # alive, and somebody else's
 
-# %% ../nbs/00_core.ipynb #02837c19
+# %% ../nbs/00_core.ipynb #8f545b5d
 def _install(tmp, entry):
     "Rename the finished folder `tmp` to `entry`, unless a sound entry of another run is there by now"
     while True:
@@ -244,11 +245,20 @@ def _write_entry(entry, kind, key, make):
                                          seconds=round(time.perf_counter() - start, 3), version=__version__))
     _install(tmp, entry)
 
+def _renew_entry(entry, kind, key, make):
+    "(outcome, tensors) of an `entry` that was absent or damaged a moment ago: another process may have made it since"
+    try: return "hit", _load_entry(entry)
+    except _DAMAGE as err:
+        outcome = "rebuilt" if entry.exists() else "made"
+        if outcome == "rebuilt": warnings.warn(f"the cache entry {entry} is damaged ({err}) and is made again", stacklevel=4)
+    _write_entry(entry, kind, key, make)
+    return outcome, _load_entry(entry)
+
 def _now():
     "This moment in UTC, to the second"
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
-# %% ../nbs/00_core.ipynb #f5e6321b
+# %% ../nbs/00_core.ipynb #282c46d2
 class Cache:
     "Results of stages in `folder`, each computed once; `log` lists (kind, digest, 'hit' | 'made' | 'rebuilt', seconds) of this object"
     def __init__(self, folder):
@@ -265,16 +275,18 @@ class Cache:
             key,             # all that it depends on: anything with a `digest`
             make,            # function without arguments that computes it: name -> tensor
            )->dict:          # name -> tensor, on the CPU
-        "The result for (`kind`, `key`): read if a sound one is there, else computed by `make`, kept, and read back"
+        "The result for (`kind`, `key`): read if a sound one is there, else computed by `make`, kept, and read back; a process that asks meanwhile waits"
         entry, start, outcome = self.entry(kind, key), time.perf_counter(), "hit"
         try: tensors = _load_entry(entry)
-        except _DAMAGE as err:
-            outcome = "rebuilt" if entry.exists() else "made"
-            if outcome == "rebuilt": warnings.warn(f"the cache entry {entry} is damaged ({err}) and is made again", stacklevel=2)
-            _write_entry(entry, kind, key, make)
-            tensors = _load_entry(entry)
+        except _DAMAGE:
+            with self._lock(entry): outcome, tensors = _renew_entry(entry, kind, key, make)
         self.log.append((kind, entry.name, outcome, round(time.perf_counter() - start, 3)))
         return tensors
+
+    def _lock(self, entry):
+        "Held by the process that makes `entry`; the system lets go of it when that process ends, however it ends"
+        (self.folder/".locks").mkdir(exist_ok=True)
+        return FileLock(self.folder/".locks"/f"{entry.parent.name}-{entry.name}")
 
 # %% ../nbs/00_core.ipynb #b947ab32
 _PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "numpy", "pandas", "seaborn", "matplotlib", "scikit-learn", "safetensors")

@@ -7,7 +7,7 @@ __all__ = ['PASSES', 'ALTERED', 'STAGES', 'Work', 'altered_scale', 'stages_neede
            'kept_bytes', 'bytes_an_image', 'memory_gb', 'free_memory_gb', 'memory_rows', 'disk_row', 'weight_row',
            'data_row', 'calibrate', 'with_time', 'needed_files', 'preflight', 'refuse']
 
-# %% ../nbs/29_preflight.ipynb #14e2288a
+# %% ../nbs/29_preflight.ipynb #880281a2
 import shutil
 import time
 import warnings
@@ -26,10 +26,10 @@ from .cost import ViTShape, flops_true_g, n_left, random_backbone, random_prior,
 from .data import PAPER_SETS, class_splits
 from .datasets import FileSet, check_images, check_set
 from .lora import new_lora
-from .methods import ALPHAS, MARKET_SIZES, MINIATURE_PLANS, ONE_BY_ONE, RANKS
+from .methods import ALPHAS, MARKET_SIZES, MINIATURE_PLANS, ONE_BY_ONE, PAPER_PLANS, RANKS
 from .models import MODELS, load_backbone, read_checkpoint, stem_flops_g
 from .pipeline import Files, Scale, weights_file
-from .tables import TABLES, needed
+from .tables import TABLES, needed, table_at
 
 # %% ../nbs/29_preflight.ipynb #af184022
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ def _asked(name: str, settings: Scale, shot: int, n: int) -> float:
     total = _per_class(name, settings, 'test')*len(found['test'])
     return total*(1-(1-1/total)**asked)
 
-# %% ../nbs/29_preflight.ipynb #b2f7037f
+# %% ../nbs/29_preflight.ipynb #33916701
 ALTERED = {name: (dict(rank=rank), {}) for name, rank in RANKS.items()} | {f'alpha_R={a}': ({}, dict(alpha_bn=a)) for a in ALPHAS}
-ALTERED |= {'16 images a class': ({}, dict(per_class=16))} | {str(plan): ({}, dict(plan=tuple(plan.items()))) for plan in MINIATURE_PLANS}
+ALTERED |= {'16 images a class': ({}, dict(per_class=16))} | {str(plan): ({}, dict(plan=tuple(plan.items()))) for plan in (*MINIATURE_PLANS, *PAPER_PLANS)}
 
 def altered_scale(settings: Scale, variant: str) -> Scale:
     "The scale that the method `variant` works at: its own market or inversion, if it alters them."
@@ -160,7 +160,7 @@ def _testing(settings: Scale, shape: ViTShape, sources: tuple, target: str, meth
     pool = settings.market.n_loras*settings.market.way*settings.invert.per_class if name in ('SimpleShot', 'CAML') else 0
     return dict(jobs=1, gb=gb, forward=_asked(target, settings, max(shot, 1), settings.n_tasks)+pool, looked_at=256)
 
-# %% ../nbs/29_preflight.ipynb #88bb1e82
+# %% ../nbs/29_preflight.ipynb #41fc866b
 def works(table: str, settings: Scale, methods: tuple) -> list[Work]:
     "All `Work` of `table` for `methods`; what several methods or columns share is there once."
     backbones, pairs = needed(table, settings)
@@ -200,7 +200,7 @@ def operations(work: Work) -> float:
 def plan_of(table: str, settings: Scale, methods: tuple | None = None, tflops: float = 15.) -> pd.DataFrame:
     "One row a stage and backbone of `table`: jobs, passes in images, 10^15 operations, GB on disk, and the hours that these operations take at `tflops` sustained (10^12 a second)."
     check_choice('table', table, TABLES)
-    rows = [dict(asdict(w), pflop=operations(w)) for w in works(table, settings, methods or TABLES[table].methods)]
+    rows = [dict(asdict(w), pflop=operations(w)) for w in works(table, settings, methods or table_at(table, settings).methods)]
     sums = ['jobs', *PASSES, 'prior', 'pflop', 'gb']
     found = pd.DataFrame(rows).groupby(['stage', 'backbone'], sort=False)[sums].sum().reset_index()
     found = found.sort_values('stage', key=lambda s: s.map(STAGES.index), kind='stable').reset_index(drop=True)

@@ -7,9 +7,9 @@ __all__ = ['TASK_METHODS', 'RECYCLED', 'LEVELS', 'on_themselves', 'labels', 'BOT
            'QUICK', 'PAPERS_SETS', 'PAPERS_BACKBONES', 'task_step', 'task_rows', 'measured_cost', 'own_cost',
            'domain_pictures', 'masked_rows', 'pruned_rows', 'tradeoff', 'pruning_pictures', 'sparsity_pictures',
            'teacher_on_patches', 'patch_rows', 'variant_pictures', 'size_pictures', 'tuning_pictures', 'Table',
-           'chosen_methods', 'needed', 'table_runs', 'make_table']
+           'table_at', 'chosen_methods', 'needed', 'table_runs', 'make_table']
 
-# %% ../nbs/23_tables.ipynb #c5552693
+# %% ../nbs/23_tables.ipynb #8cc9aede
 import io
 import itertools
 import time
@@ -31,10 +31,11 @@ from .episodes import Episodes
 from .evaluate import embed, nearest_prototype
 from .finetune import TuneConfig, tune_full, tune_lora
 from .inversion import sparse_patches
+from .jobs import Executor
 from .lora import new_lora
 from .market import head_logits
 from .methods import (ALPHAS, BOUNDS, FINE_TUNED, GRID, MARKET_SIZES, MASKS, METHODS, MINIATURE_PLANS, ONE_BY_ONE, OURS, PAPERS, RANKS, STARTS, TUNERS,
-                                  TUNING_FREE, ZERO_SHOT, accuracy_rows, answers, label)
+                                  TUNING_FREE, ZERO_SHOT, accuracy_rows, answer_all, answers, answers_key, label, plans_of)
 from .miniature import MINIATURES
 from .models import load_backbone
 from .pipeline import COST_SIZES, PAPERS_COST, POOLS, SCALES, Files, Recycler, Scale, meta_lora, pruned, weights_file
@@ -71,7 +72,7 @@ def task_rows(shapes: tuple, steps: tuple = (50, 5), repeats: tuple = (3, 1), de
             rows += [dict(table='tuning', method=method, variant='', backbone=f'{shape.name}, random weights', dataset=f'noise, {n} steps', metric=m, value=v) for m, v in (ratios | values).items()]
     return pd.DataFrame(rows)
 
-# %% ../nbs/23_tables.ipynb #050cfeeb
+# %% ../nbs/23_tables.ipynb #6485ace6
 def measured_cost(table: str, run: Recycler, batch: int = 0) -> pd.DataFrame:
     """The cost columns of Table 1 ('tuning'), 4 ('pruning') or 5 ('sparsity'), see `task_rows` and `cost_rows`; kept for this machine.
 
@@ -90,10 +91,10 @@ def measured_cost(table: str, run: Recycler, batch: int = 0) -> pd.DataFrame:
 def own_cost(table: str, run: Recycler) -> dict[str, float]:
     "Operations of one image in the run's own backbone, relative to dense, by label: in the inversion (Table 4) or the meta-training (Table 5) of each method."
     shape = shape_of(run.backbone)
-    if table == 'pruning': return {str(plan): flops_g(shape, plan)/flops_g(shape) for plan in ({}, *MINIATURE_PLANS)}
+    if table == 'pruning': return {str(plan): flops_g(shape, plan)/flops_g(shape) for plan in ({}, *plans_of(run.scale))}
     return {f'{share} %': flops_g(shape, n_in=n_left(shape.n_patches, share/100))/flops_g(shape) for share in (0, 25, 50, 75)}
 
-# %% ../nbs/23_tables.ipynb #8d14c74f
+# %% ../nbs/23_tables.ipynb #043f0a08
 def domain_pictures(table: str, runs: list[Recycler], rows: pd.DataFrame) -> dict[str, Figure]:
     "Accuracies; inverted images (two a class) below real ones of the same classes, which inversion never saw; meta-training from three pools. On disk only from what the rows took days to make."
     ours, shown, scale = rows[rows['method'] == 'LoRA Recycle']['variant'].tolist(), {}, runs[0].scale
@@ -119,7 +120,7 @@ def masked_rows(run: Recycler, n: int = 2) -> dict[str, Tensor]:
 def pruned_rows(run: Recycler, n: int = 2) -> dict[str, Tensor]:
     "Images of the first LoRA inverted with each plan of Table 4, n a class, each followed by what survived the plan."
     shown = {'no plan': run.inverted['images'][0, :, :n].flatten(0, 1)}
-    for plan in MINIATURE_PLANS:
+    for plan in plans_of(run.scale):
         made = pruned(run, plan).inverted
         shown[str(plan)] = made['images'][0, :, :n].flatten(0, 1)
         shown[f'{plan}: survivors'] = blank_dropped(shown[str(plan)], made['kept'][0, :, :n].flatten(0, 1), run.backbone.patch)
@@ -252,13 +253,13 @@ def _domains(runs: tuple) -> Table:
     switches = [('LoRAHub + NN', ''), ('CAML', 'inverted images'), *((name, PAPERS) for name in TUNERS)]
     return Table(runs, (*FINE_TUNED, *switches, *TUNING_FREE, *RECYCLED, *LEVELS, *bounds), gains, domain_pictures, best, tuple(said))
 
-# %% ../nbs/23_tables.ipynb #e40ce924
-def _pruning() -> Table:
+# %% ../nbs/23_tables.ipynb #72b722b7
+def _pruning(plans: tuple = MINIATURE_PLANS) -> Table:
     "Table 4: plans during inversion, on one set as in the paper. Meta-training sees the survivors only, or (`whole images`) everything: two effects, told apart."
-    plans = [(str(plan), what, start) for plan in MINIATURE_PLANS for what in ('', 'whole images') for start in STARTS]
-    methods = (('NN', ''), *RECYCLED, *(('LoRA Recycle', label(*p)) for p in plans))
-    gains = tuple((label('LoRA Recycle', *p), label('LoRA Recycle', p[2])) for p in plans)
-    late, early = str(MINIATURE_PLANS[0]), str(MINIATURE_PLANS[2])
+    named = [(str(plan), what, start) for plan in plans for what in ('', 'whole images') for start in STARTS]
+    methods = (('NN', ''), *RECYCLED, *(('LoRA Recycle', label(*p)) for p in named))
+    gains = tuple((label('LoRA Recycle', *p), label('LoRA Recycle', p[2])) for p in named)
+    late, early = str(plans[0]), str(plans[2])
     said = [s for start in STARTS for what in ('', 'whole images') for s in (
         Statement(label('Pruning in the last layer costs less than half a point', what, start), label('LoRA Recycle', late, what, start), label('LoRA Recycle', start), -.5),
         Statement(label('Pruning early costs accuracy', what, start), label('LoRA Recycle', start), label('LoRA Recycle', early, what, start)),
@@ -357,14 +358,18 @@ TABLES = dict(
     patches=_patches(), market_size=_market_size())
 DOMAIN_TABLES = ('in_domain', 'cross_domain', 'in_domain_b32')
 
-# %% ../nbs/23_tables.ipynb #52c07652
+# %% ../nbs/23_tables.ipynb #083c6b60
+def table_at(table: str, settings: Scale) -> Table:
+    "The entry of `TABLES`, or at a scale on disk the one for the paper's backbone, which has other layers to prune."
+    return _pruning(plans_of(settings)) if table == 'pruning' else TABLES[check_choice('table', table, TABLES)]
+
 SELECTIONS = ('quick', 'tuning-free', 'all')
 QUICK = ('NN', 'Linear-probe', 'LoRAs Avg + NN', 'LoRAs Avg + NN, mean of factors', 'SimpleShot', 'LoRA Recycle', 'LoRA Recycle, start at zero')
 
-def chosen_methods(table: str, selection: str) -> tuple:
-    """The methods of `table` in `selection`: 'all'; 'tuning-free' (none that adapts to each episode alone; of the bounds only LoRA Recycle's from the usual start); 'quick' (`QUICK` in
+def chosen_methods(table: str, selection: str, settings: Scale = SCALES['embedded']) -> tuple:
+    """The methods of `table` at the scale `settings` in `selection`: 'all'; 'tuning-free' (none that adapts to each episode alone; of the bounds only LoRA Recycle's from the usual start); 'quick' (`QUICK` in
     Tables 2, 3 and 6, all in the others); or labels with | between them, such as 'NN|LoRA Recycle, start at zero'."""
-    methods = TABLES[check_choice('table', table, TABLES)].methods
+    methods = table_at(table, settings).methods
     if selection == 'all' or selection == 'quick' and table not in DOMAIN_TABLES: return methods
     if selection == 'quick': return tuple(m for m in methods if label(*m) in QUICK)
     if selection not in SELECTIONS:
@@ -373,7 +378,7 @@ def chosen_methods(table: str, selection: str) -> tuple:
     few = ('LoRA Recycle', 'real images (oracle)'), ('LoRA Recycle', 'noise images')
     return tuple(m for m in methods if m[0] not in ONE_BY_ONE and (label(*m) not in BOUNDS or m in few))
 
-# %% ../nbs/23_tables.ipynb #dd78ab2c
+# %% ../nbs/23_tables.ipynb #71d10690
 PAPERS_SETS = dict(cyrillic='cifar_fs', greek='mini_imagenet', armenian='vgg_flower', math='cub', hebrew='chestx', arabic='isic', georgian='eurosat', digits='crop_diseases')
 PAPERS_BACKBONES = {'miniature': 'ViT-B-16', 'miniature-12': 'ViT-B-32', 'miniature-plain': 'DeiT-B'}
 
@@ -384,12 +389,13 @@ def needed(table: str, settings: Scale) -> tuple[tuple, tuple]:
     return (tuple(PAPERS_BACKBONES[b] for b in chosen.backbones),
             tuple((tuple(PAPERS_SETS[s] for s in sources), PAPERS_SETS[target]) for sources, target in chosen.runs))
 
-def table_runs(table: str, settings: Scale, seed: int, cache: Cache, device: str = 'cpu', files: Files = Files()) -> list[tuple[Recycler, str]]:
+def table_runs(table: str, settings: Scale, seed: int, cache: Cache, device: str = 'cpu', files: Files = Files(),
+               executor: Executor = Executor()) -> list[tuple[Recycler, str]]:
     "A run and the set that it is tried on, for each column of `table`. ValueError for names that do not exist, FileNotFoundError for files."
     names, pairs = needed(table, settings)
     check_int('seed', seed, 0)
     backbones = {n: load_backbone(n, weights_file(files.weights, n) if settings.on_disk else None, device) for n in names}
-    made = {(n, sources): Recycler(backbones[n], settings, seed, cache, sources, files) for n in names for sources, _ in pairs}
+    made = {(n, sources): Recycler(backbones[n], settings, seed, cache, sources, files, executor) for n in names for sources, _ in pairs}
     return [(made[n, sources], target) for n in names for sources, target in pairs]
 
 def make_table(table: str, runs: list[tuple[Recycler, str]], methods: tuple, batch: int = 0, note: Callable = print) -> tuple[list[dict], dict[str, Tensor]]:
@@ -399,17 +405,18 @@ def make_table(table: str, runs: list[tuple[Recycler, str]], methods: tuple, bat
     first = runs[0][0]
     record, rows, counts = environment(str(first.backbone.device)), [], {}
     same = dict(table=table, way=first.scale.way, seed=first.seed, scale=first.scale.name, device=record['device'], commit=record['commit'] or '', created=record['created'])
-    add = lambda measured, start: rows.append({**dict.fromkeys(COLUMNS), **same, **measured, 'seconds': round(time.perf_counter()-start, 3)})
+    add = lambda measured, seconds: rows.append({**dict.fromkeys(COLUMNS), **same, **measured, 'seconds': round(seconds, 3)})
+    for run in {id(run): run for run, _ in runs}.values(): answer_all(run, [t for r, t in runs if r is run], methods, TABLES[table].shots or run.scale.shots)
     for run, target in runs:
         for shot in TABLES[table].shots or run.scale.shots:
             for method in methods:
-                start = time.perf_counter()
-                found = answers(run, target, method, shot)
+                found, entry = answers(run, target, method, shot), run.cache.entry('answers', answers_key(run, target, method, shot)).name
+                spent = sum(seconds for _, name, _, seconds in run.cache.log if name == entry)      # here or on a worker
                 named = (method[0], label(method[1], run.backbone.name if len(TABLES[table].backbones) > 1 else ''))
-                for measured in accuracy_rows(run, target, named, shot, found): add(measured, start)
+                for measured in accuracy_rows(run, target, named, shot, found): add(measured, spent)
                 counts[episode_key(target, shot, *named)] = found['right']
                 note(f'{target} {shot}-shot {label(*named)}: {100*found["right"].double().mean().item()/run.scale.way/run.scale.n_query:.2f}')
     if TABLES[table].extra:
         start = time.perf_counter()
-        for measured in TABLES[table].extra(table, first, batch).to_dict('records'): add(measured, start)
+        for measured in TABLES[table].extra(table, first, batch).to_dict('records'): add(measured, time.perf_counter()-start)
     return rows, counts

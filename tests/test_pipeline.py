@@ -7,19 +7,21 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import psutil
 import pytest
 
-from lora_recycle.core import load_tensors
-from lora_recycle.methods import ONE_BY_ONE
+from lora_recycle.core import Cache, load_tensors
+from lora_recycle.methods import BOUNDS, ONE_BY_ONE, label
 from lora_recycle.miniature import shipped
-from lora_recycle.results import PAPER_TABLES, TIME_COLUMNS, paper_table, read_episodes, read_rows
-from lora_recycle.tables import TABLES, chosen_methods
+from lora_recycle.pipeline import SCALES
+from lora_recycle.results import PAPER_TABLES, TIME_COLUMNS, comparison, judge, paper_table, read_episodes, read_rows, write_rows
+from lora_recycle.tables import TABLES, chosen_methods, make_table, table_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPERMILL = [sys.executable, '-m', 'papermill']
-FEW = 'NN|LoRA Recycle'
+FEW = dict(table='interpolation', methods='NN|LoRA Recycle')      # one set: Cyrillic
 
 
 def command(folder, **parameters):
@@ -32,13 +34,13 @@ def papermill(folder, **parameters):
     done = subprocess.run(command(folder, **parameters), cwd=ROOT, capture_output=True, text=True, timeout=900)
     return done.returncode, done.stdout+done.stderr
 
-def rows_of(folder):
+def rows_of(folder, table=FEW['table']):
     "The rows of the run in `folder`, without what depends on the clock"
-    return read_rows(folder/'results'/'in_domain').drop(columns=list(TIME_COLUMNS))
+    return read_rows(folder/'results'/table).drop(columns=list(TIME_COLUMNS))
 
 def outcomes(folder):
     "(kind, digest) -> outcome of every stage of the last finished run"
-    stages = json.loads((folder/'results/in_domain/run.json').read_text())['stages']
+    stages = json.loads((folder/'results'/FEW['table']/'run.json').read_text())['stages']
     found = {}
     for s in stages: found.setdefault((s['kind'], s['digest']), s['outcome'])
     return found
@@ -62,33 +64,34 @@ def test_the_table_is_complete(finished):
     record = json.loads((finished/'results/in_domain/run.json').read_text())
     assert record['command'].startswith('papermill nbs/run_table.ipynb') and record['environment']['versions']['torch']
 
-def test_every_method_of_the_paper_runs(tmp_path, finished):
-    "All rows of Table 3, fine-tuning included: each answers, on the first episodes if it pays for each"
-    code, said = papermill(tmp_path, table='cross_domain', methods='all', cache_dir=finished/'cache')
-    assert code == 0, said[-3000:]
-    rows = read_rows(tmp_path/'results'/'cross_domain').query("metric == 'accuracy'")
-    theirs = paper_table(PAPER_TABLES['cross_domain'])
-    assert set(theirs['method']) <= set(rows['method']) and len(rows) == 4*2*len(TABLES['cross_domain'].methods)
-    assert ((rows['n_tasks'] == 4) == rows['method'].isin(ONE_BY_ONE)).all()
-    page = (tmp_path/'results'/'cross_domain'/'table.md').read_text()
-    assert page.count('best of LoRA Recycle − best fine-tuned') == 2           # ours, and the paper's
+@pytest.mark.parametrize('table', [t for t in TABLES if t != 'in_domain'])
+def test_every_table_is_made(finished, tmp_path, table):
+    "All ids on the first of their sets, on each backbone; Table 3 with all methods, and those are the ones of Tables 2 and 6"
+    whole, smoke = TABLES[table], SCALES['smoke']
+    runs = table_runs(table, smoke, 0, Cache(finished/'cache'))
+    runs = [(run, target) for run, target in runs if target == runs[0][1]]
+    methods = chosen_methods(table, 'quick' if table == 'in_domain_b32' else 'all')
+    rows, counts = make_table(table, runs, methods, note=lambda line: None)
+    rows, counts = write_rows(tmp_path, rows), {k: 100*v.numpy()/(smoke.way*smoke.n_query) for k, v in counts.items()}
+    right = rows[rows['metric'] == 'accuracy']
+    assert len(counts) == len(runs)*len(whole.shots or smoke.shots)*len(methods) and right['value'].between(0, 100).all()
+    assert (right['n_tasks'] == right['method'].isin(ONE_BY_ONE).map({True: smoke.n_tuned, False: smoke.n_tasks})).all()
+    page = comparison(rows, counts, whole.gains, BOUNDS, whole.best)
+    assert all(method in page for method in rows['method'].unique())
+    judged = judge([s for s in whole.statements if {s.ours, s.base} <= {label(*m) for m in methods}], rows, counts)
+    assert len(judged) == (len(whole.statements)*right['shot'].nunique() if methods == whole.methods else len(judged)) and set(judged['verdict']) <= {'holds', 'does not hold', 'cannot be told'}
+    if table in PAPER_TABLES and methods == whole.methods: assert set(paper_table(PAPER_TABLES[table])['method']) <= set(rows['method'])
+    if table in COSTS: check_costs(table, rows)
+    assert whole.pictures(table, [run for run, _ in runs], rows)
+    plt.close('all')
 
-@pytest.mark.parametrize('table', ['tuning', 'pruning', 'sparsity'])
-def test_cost_tables_hold_every_row_of_the_paper(tmp_path, finished, table):
-    code, said = papermill(tmp_path, table=table, methods='all', cache_dir=finished/'cache')
-    assert code == 0, said[-3000:]
-    rows = read_rows(tmp_path/'results'/table)
-    theirs = paper_table(PAPER_TABLES[table])
+COSTS = dict(tuning=('throughput_tasks_per_s', 'peak_mem_mb')) | dict.fromkeys(('pruning', 'sparsity'), ('flops_g', 'flops_true_g', 'throughput_its_per_s', 'peak_mem_mb'))
+
+def check_costs(table, rows):
+    "Each row of the paper is measured, and so is its ratio to the row that it is compared with"
     measured = rows if table == 'tuning' else rows[rows['metric'] == 'flops_g']
-    assert {(r.method, r.variant) for r in theirs.itertuples()} <= {(r.method, r.variant) for r in measured.itertuples()}
-    costs = ('throughput_tasks_per_s', 'peak_mem_mb') if table == 'tuning' else ('flops_g', 'flops_true_g', 'throughput_its_per_s', 'peak_mem_mb')
-    assert set(rows['metric'])-{'diverged'} == {'accuracy', *(m+end for m in costs for end in ('', '_ratio'))}
-    cells = len(TABLES[table].runs)*len(TABLES[table].shots or (1, 5))*len(TABLES[table].methods)
-    assert sum(rows['metric'] == 'accuracy') == cells
-    page = (tmp_path/'results'/table/'table.md').read_text()
-    judged = sum(page.count(f'| {v} |') for v in ('holds', 'does not hold', 'cannot be told'))
-    assert '### random tiny' in page and judged == len(TABLES[table].shots or (1, 5))*len(TABLES[table].statements)
-    assert list((tmp_path/'results'/table).glob('*.png'))
+    assert {(r.method, r.variant) for r in paper_table(PAPER_TABLES[table]).itertuples()} <= {(r.method, r.variant) for r in measured.itertuples()}
+    assert set(rows['metric'])-{'diverged'} == {'accuracy', *(m+end for m in COSTS[table] for end in ('', '_ratio'))}
 
 def test_episodes_give_the_rows_back(finished):
     rows, episodes = read_rows(finished/'results'/'in_domain'), read_episodes(finished/'results'/'in_domain')
@@ -98,17 +101,28 @@ def test_episodes_give_the_rows_back(finished):
 def small(tmp_path_factory):
     "The same with a few methods: every stage, in less time"
     folder = tmp_path_factory.mktemp('small')
-    code, said = papermill(folder, methods=FEW)
+    code, said = papermill(folder, **FEW)
     assert code == 0, said[-3000:]
     return folder
 
 def test_a_few_methods_give_the_rows_of_all(finished, small):
     "Two runs from empty caches agree, bit for bit"
-    few, all = rows_of(small), rows_of(finished)
-    both = all.merge(few[['dataset', 'shot', 'method', 'variant']])[list(few.columns)]
-    assert set(few['method']) == {'NN', 'LoRA Recycle'} and len(few) == 4*2*2
-    pd.testing.assert_frame_equal(few.sort_values(['dataset', 'shot', 'method'], ignore_index=True),
-                                  both.sort_values(['dataset', 'shot', 'method'], ignore_index=True), check_exact=True)
+    few, all = rows_of(small).drop(columns='table'), rows_of(finished, 'in_domain').drop(columns='table')
+    both = few[['dataset', 'shot', 'method', 'variant']].merge(all)[list(few.columns)]
+    assert set(few['method']) == {'NN', 'LoRA Recycle'} and len(few) == 2*2
+    pd.testing.assert_frame_equal(few, both, check_exact=True)
+
+def test_a_killed_worker_costs_its_job_only(tmp_path, small):
+    "Jobs in another process, with as many threads as this one has, which is killed as soon as it is at work: the same rows, and nothing is made twice"
+    process = subprocess.Popen(command(tmp_path, **FEW, executor='processes', workers=1), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    workers = lambda: [p for p in psutil.Process(process.pid).children(recursive=True) if '_serve' in ' '.join(p.cmdline())]
+    while process.poll() is None and not (found := workers()): time.sleep(.05)
+    found[0].kill()
+    said = process.communicate(timeout=900)[0]
+    assert process.returncode == 0, said[-3000:]
+    pd.testing.assert_frame_equal(rows_of(tmp_path), rows_of(small), check_exact=True)
+    made = [(s['kind'], s['digest']) for s in json.loads((tmp_path/'results'/FEW['table']/'run.json').read_text())['stages'] if s['outcome'] == 'made']
+    assert len(made) == len(set(made)) and set(made) == {k for k, v in outcomes(small).items() if v == 'made'}
 
 def test_damaged_entries_are_named_and_rebuilt(small):
     before = rows_of(small)
@@ -116,7 +130,7 @@ def test_damaged_entries_are_named_and_rebuilt(small):
     for entry in broken:
         data = entry/'data.safetensors'
         data.write_bytes(data.read_bytes()[:-7])
-    code, said = papermill(small, methods=FEW)
+    code, said = papermill(small, **FEW)
     assert code == 0, said[-3000:]
     pd.testing.assert_frame_equal(before, rows_of(small), check_exact=True)
     assert outcomes(small)['answers', broken[2].name] == 'rebuilt'
@@ -126,7 +140,7 @@ def test_damaged_entries_are_named_and_rebuilt(small):
 @pytest.mark.parametrize('stage', ['market', 'inverted', 'meta', 'answers'])
 def test_a_killed_run_resumes(small, tmp_path, stage):
     "kill -9, at a random moment after the first entry of `stage`; the next run repeats nothing that was finished"
-    process = subprocess.Popen(command(tmp_path, methods=FEW), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(tmp_path, **FEW), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time()+600
     while not list((tmp_path/'cache').glob(f'{stage}/*/manifest.json')) and time.time() < deadline and process.poll() is None: time.sleep(.02)
     time.sleep(random.random()*1.5)
@@ -134,14 +148,14 @@ def test_a_killed_run_resumes(small, tmp_path, stage):
     process.wait()
     done = {(p.parent.parent.name, p.parent.name) for p in (tmp_path/'cache').glob('*/*/manifest.json')}
     assert any(kind == stage for kind, _ in done)
-    code, said = papermill(tmp_path, methods=FEW)
+    code, said = papermill(tmp_path, **FEW)
     assert code == 0, said[-3000:]
     now = outcomes(tmp_path)
     assert all(now.get(key, 'hit') == 'hit' for key in done)
     pd.testing.assert_frame_equal(rows_of(small), rows_of(tmp_path), check_exact=True)
 
 def test_a_full_cache_makes_nothing(small):
-    code, said = papermill(small, methods=FEW)
+    code, said = papermill(small, **FEW)
     assert code == 0, said[-3000:]
     assert set(outcomes(small).values()) == {'hit'}
 
