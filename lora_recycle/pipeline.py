@@ -210,7 +210,11 @@ def _inverted_chunk(run: 'Recycler', lora: LoRA, first: int) -> dict[str, Tensor
         return {k: torch.cat([m[k] for m in made], 2) if made[0][k].ndim > 1 else torch.stack([m[k] for m in made]).mean(0) for k in made[0]}
     return run.cache.get('inverted', _inverted_key(run, lora, first), make)
 
-# %% ../nbs/20_pipeline.ipynb #80a9a15b
+# %% ../nbs/20_pipeline.ipynb #8beaa004
+def _part(run: 'Recycler', source: str) -> 'Recycler':
+    "The run on the LoRAs of `source` alone."
+    return run.parts[run.sources.index(source)] if run.parts else run
+
 def _on_worker(run: 'Recycler', stage: Callable, *job, device: str) -> list:
     "Call `stage(run, *job)` on `device` for what it leaves in the cache: what was done there, as in `Cache.log`."
     run = replace(run, backbone=run.backbone.to(device), cache=Cache(run.cache.folder), executor=Executor())
@@ -225,20 +229,21 @@ def in_advance(run: 'Recycler', stage: Callable, jobs: list[tuple], kept: Callab
     bare = replace(run, backbone=run.backbone.to('cpu'), cache=Cache(run.cache.folder))     # without what `run` has loaded
     for log in run_jobs(partial(_on_worker, bare, stage), jobs, run.executor, run.backbone.device.type, desc, shared=run.cache.folder): run.cache.log.extend(log)
 
+# %% ../nbs/20_pipeline.ipynb #bedf20eb
 def _tune_job(run: 'Recycler', source: str, first: int):
     "`_tuned_chunk` of `source`."
-    _tuned_chunk(run.part(source), first)
+    _tuned_chunk(_part(run, source), first)
 
 def _invert_job(run: 'Recycler', source: str, first: int):
     "`_inverted_chunk` of `source`."
-    part = run.part(source)
+    part = _part(run, source)
     _inverted_chunk(part, _lora_chunk(part, first), first)
 
 def _tune_in_advance(run: 'Recycler'):
     "Have the markets of all sources tuned, as far as the run needs them."
     parts, chunk = run.parts or (run,), run.scale.chunk
     n = min(run.scale.market.n_loras, -(-run.scale.market.n_loras//len(parts)//chunk)*chunk)
-    kept = lambda run, source, first: shipped_market(source, run.part(source).market_key) is not None or run.cache.entry('market', _tuned_key(run.part(source), first)).exists()
+    kept = lambda run, source, first: shipped_market(source, _part(run, source).market_key) is not None or run.cache.entry('market', _tuned_key(_part(run, source), first)).exists()
     in_advance(run, _tune_job, [(p.name, first) for p in parts for first in _tuned_firsts(p, n)], kept, 'markets')
 
 def _invert_in_advance(run: 'Recycler'):
@@ -247,17 +252,22 @@ def _invert_in_advance(run: 'Recycler'):
     _tune_in_advance(run)
     parts = run.parts or (run,)
     def kept(run, source, first):
-        part = run.part(source)
+        part = _part(run, source)
         return run.cache.entry('inverted', _inverted_key(part, _lora_chunk(part, first), first)).exists()
     in_advance(run, _invert_job, [(p.name, first) for p in parts for first in range(0, run.scale.market.n_loras//len(parts), run.scale.chunk)], kept, 'inversion')
 
-# %% ../nbs/20_pipeline.ipynb #bc8e49fb
+# %% ../nbs/20_pipeline.ipynb #42d92d2b
 def _check_sources(sources, n_loras: int):
     "ValueError unless `sources` are names that can share n_loras."
     if isinstance(sources, str): raise ValueError(f'sources={sources!r} must be a tuple of names: ({sources!r},)')
     if n_loras % len(sources): raise ValueError(f'{n_loras} LoRAs cannot be shared among {len(sources)} sources; change n_loras')
 
-# %% ../nbs/20_pipeline.ipynb #ff379cbe
+def _of_sources(run: 'Recycler', make: Callable) -> dict[str, Tensor]:
+    "Tensors `make(run, n)` of the first `n` LoRAs of each source, each with its share of the market."
+    n = run.scale.market.n_loras
+    return _shares([make(p, n//len(run.parts)) for p in run.parts], n) if run.parts else make(run, n)
+
+# %% ../nbs/20_pipeline.ipynb #9a138171
 @dataclass(frozen=True)
 class Recycler:
     "The stages of one run on LoRAs from the image sets `sources`; results are kept in `cache` under digests of all that they depend on."
@@ -269,8 +279,7 @@ class Recycler:
     files: Files = Files()
     executor: Executor = Executor()
 
-    def __post_init__(self):
-        _check_sources(self.sources, self.scale.market.n_loras)
+    def __post_init__(self): _check_sources(self.sources, self.scale.market.n_loras)
     @property
     def name(self) -> str:
         "The sources in one word."
@@ -279,9 +288,6 @@ class Recycler:
     def parts(self) -> tuple['Recycler', ...]:
         "A run for each source, if there are several."
         return tuple(replace(self, sources=(s,)) for s in self.sources) if len(self.sources) > 1 else ()
-    def part(self, source: str) -> 'Recycler':
-        "The run on the LoRAs of `source` alone."
-        return self.parts[self.sources.index(source)] if self.parts else self
     @cached_property
     def data(self) -> ImageSet:
         "The image set of a single source, all splits."
@@ -296,15 +302,13 @@ class Recycler:
     @cached_property
     def market(self) -> Market:
         "The LoRAs (stage 1), shipped or tuned, `tune_chunk` at a time."
-        n = self.scale.market.n_loras
         _tune_in_advance(self)
-        return Market.from_tensors(_shares([_market(p, n//len(self.parts)) for p in self.parts], n) if self.parts else _market(self, n))
+        return Market.from_tensors(_of_sources(self, _market))
     @cached_property
     def inverted(self) -> dict[str, Tensor]:
         "Images uint8 [M,way,n,3,H,W], kept patches, loss and teacher accuracy (stage 2); `chunk` LoRAs at a time."
-        n = self.scale.market.n_loras
         _invert_in_advance(self)
-        return _shares([_inverted(p, n//len(self.parts)) for p in self.parts], n) if self.parts else _inverted(self, n)
+        return _of_sources(self, _inverted)
 
 # %% ../nbs/20_pipeline.ipynb #bf2df925
 POOLS = ('inverted', 'real', 'noise', 'other')   # what meta-training may see: ours, the oracle's, the lower bound's images, real ones of elsewhere
