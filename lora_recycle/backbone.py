@@ -168,7 +168,7 @@ def embed_patches(backbone: Backbone, images: Tensor) -> Tensor:
         raise ValueError(f'images of {tuple(images.shape[-2:])} give {x.shape[1]} patches; {backbone.name} has positions for {backbone.n_patches}. Resize them.')
     return torch.cat([w['class_embedding'].expand(len(x), 1, -1), x], 1)+w['positional_embedding']
 
-# %% ../nbs/05_backbone.ipynb #20ce06e2
+# %% ../nbs/05_backbone.ipynb #35411e19
 def _norm(backbone: Backbone, x: Tensor, name: str) -> Tensor:
     "LayerNorm `name` of tokens [...,D]; none if the backbone has no such weights."
     w = backbone.weights
@@ -186,7 +186,7 @@ def _mlp(backbone: Backbone, x: Tensor, layer: int) -> Tensor:
     "The two-layer perceptron of layer `layer` on normalised tokens [B,N,D]."
     w, at = backbone.weights, f'transformer.resblocks.{layer}.mlp.'
     h = F.linear(x, w[at+'c_fc.weight'], w[at+'c_fc.bias'])
-    h = F.gelu(h) if backbone.act == 'gelu' else h*torch.sigmoid(1.702*h)
+    h = F.gelu(h) if backbone.act == 'gelu' else F.silu(1.702*h)/1.702       # QuickGELU, h*sigmoid(1.702*h), in a form that keeps one tensor for the backward pass
     return F.linear(h, w[at+'c_proj.weight'], w[at+'c_proj.bias'])
 
 # %% ../nbs/05_backbone.ipynb #df6f9ebe

@@ -7,7 +7,7 @@ __all__ = ['TASK_METHODS', 'RECYCLED', 'LEVELS', 'on_themselves', 'labels', 'BOT
            'QUICK', 'PAPERS_SETS', 'PAPERS_BACKBONES', 'task_step', 'task_rows', 'measured_cost', 'own_cost',
            'domain_pictures', 'masked_rows', 'pruned_rows', 'tradeoff', 'pruning_pictures', 'sparsity_pictures',
            'teacher_on_patches', 'patch_rows', 'variant_pictures', 'size_pictures', 'tuning_pictures', 'Table',
-           'table_at', 'chosen_methods', 'needed', 'table_runs', 'make_table']
+           'chosen_methods', 'needed', 'table_at', 'table_runs', 'make_table']
 
 # %% ../nbs/23_tables.ipynb #8cc9aede
 import io
@@ -358,11 +358,7 @@ TABLES = dict(
     patches=_patches(), market_size=_market_size())
 DOMAIN_TABLES = ('in_domain', 'cross_domain', 'in_domain_b32')
 
-# %% ../nbs/23_tables.ipynb #083c6b60
-def table_at(table: str, settings: Scale) -> Table:
-    "The entry of `TABLES`, or at a scale on disk the one for the paper's backbone, which has other layers to prune."
-    return _pruning(plans_of(settings)) if table == 'pruning' else TABLES[check_choice('table', table, TABLES)]
-
+# %% ../nbs/23_tables.ipynb #382ae5c4
 SELECTIONS = ('quick', 'tuning-free', 'all')
 QUICK = ('NN', 'Linear-probe', 'LoRAs Avg + NN', 'LoRAs Avg + NN, mean of factors', 'SimpleShot', 'LoRA Recycle', 'LoRA Recycle, start at zero')
 
@@ -378,7 +374,7 @@ def chosen_methods(table: str, selection: str, settings: Scale = SCALES['embedde
     few = ('LoRA Recycle', 'real images (oracle)'), ('LoRA Recycle', 'noise images')
     return tuple(m for m in methods if m[0] not in ONE_BY_ONE and (label(*m) not in BOUNDS or m in few))
 
-# %% ../nbs/23_tables.ipynb #71d10690
+# %% ../nbs/23_tables.ipynb #f00bb7f6
 PAPERS_SETS = dict(cyrillic='cifar_fs', greek='mini_imagenet', armenian='vgg_flower', math='cub', hebrew='chestx', arabic='isic', georgian='eurosat', digits='crop_diseases')
 PAPERS_BACKBONES = {'miniature': 'ViT-B-16', 'miniature-12': 'ViT-B-32', 'miniature-plain': 'DeiT-B'}
 
@@ -388,6 +384,13 @@ def needed(table: str, settings: Scale) -> tuple[tuple, tuple]:
     if not settings.on_disk: return chosen.backbones, chosen.runs
     return (tuple(PAPERS_BACKBONES[b] for b in chosen.backbones),
             tuple((tuple(PAPERS_SETS[s] for s in sources), PAPERS_SETS[target]) for sources, target in chosen.runs))
+
+def table_at(table: str, settings: Scale) -> Table:
+    "The entry of `TABLES` at the scale `settings`: the plans of Table 4 fit its backbone, and among several backbones each is compared with itself."
+    found, names = _pruning(plans_of(settings)) if table == 'pruning' else TABLES[check_choice('table', table, TABLES)], needed(table, settings)[0]
+    if len(names) == 1: return found
+    said = (replace(s, text=label(s.text, n), ours=label(s.ours, n), base=label(s.base, n)) for n in names for s in found.statements)
+    return replace(found, gains=tuple((label(a, n), label(b, n)) for n in names for a, b in found.gains), statements=tuple(said))
 
 def table_runs(table: str, settings: Scale, seed: int, cache: Cache, device: str = 'cpu', files: Files = Files(),
                executor: Executor = Executor()) -> list[tuple[Recycler, str]]:
