@@ -401,6 +401,7 @@ def table_runs(table: str, settings: Scale, seed: int, cache: Cache, device: str
     made = {(n, sources): Recycler(backbones[n], settings, seed, cache, sources, files, executor) for n in names for sources, _ in pairs}
     return [(made[n, sources], target) for n in names for sources, target in pairs]
 
+# %% ../nbs/23_tables.ipynb #a19536f4
 def make_table(table: str, runs: list[tuple[Recycler, str]], methods: tuple, batch: int = 0, note: Callable = print) -> tuple[list[dict], dict[str, Tensor]]:
     """Rows of `table` (columns: `results.COLUMNS`) for `methods` and right answers by `episode_key`; `batch` as in `measured_cost`; `note` is told of each finished cell.
 

@@ -18,7 +18,7 @@ INSTALL, TEST, JOB = 'pip install -e ".[dev]"', "OMP_NUM_THREADS=1 nbdev_test --
 # what `requirements` in settings.ini calls it -> what Python calls it
 IMPORTS = {"torch": "torch", "torchvision": "torchvision", "open_clip_torch": "open_clip", "timm": "timm", "pandas": "pandas",
            "seaborn": "seaborn", "scikit-learn": "sklearn", "safetensors": "safetensors", "tqdm": "tqdm", "matplotlib": "matplotlib",
-           "pillow": "PIL", "numpy": "numpy", "huggingface_hub": "huggingface_hub", "nevergrad": "nevergrad"}
+           "pillow": "PIL", "numpy": "numpy", "huggingface_hub": "huggingface_hub", "nevergrad": "nevergrad", "filelock": "filelock"}
 FOR_DEVELOPERS = {"nbdev", "papermill", "fastcore", "execnb", "IPython", "ipykernel", "ipywidgets", "jupyter", "jupyter_core",
                   "jupyter_client", "nbformat", "nbclient", "nbconvert", "notebook", "pytest", "hypothesis", "peft", "transformers", "playwright"}
 
