@@ -216,7 +216,7 @@ def test_the_command_serves_another_backbone_and_ends_on_ctrl_c(sent, tmp_path):
     config = transformers.CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=16, projection_dim=16)
     transformers.CLIPVisionModelWithProjection(config).save_pretrained(tmp_path/"clip")
     command = [sys.executable, "-m", "lora_recycle.page", "--backbone", str(tmp_path/"clip"), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as running:      # a shell in the background has it ignored
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as running:
         try:
             said_first = running.stdout.readline()
             assert "with no LoRA" in said_first, running.stderr.read()
