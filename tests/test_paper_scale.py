@@ -27,9 +27,9 @@ from lora_recycle.tables import PAPERS_SETS, TABLES, chosen_methods, make_table,
 PAPER = SCALES['paper']
 # counts only: what an image is, how it is read, and every kind of step are those of the paper's scale
 FEW = replace(PAPER, way=2, n_query=1, shots=(1,), n_tasks=3, n_tuned=2, n_val=2, rounds=2, market=replace(PAPER.market, n_loras=4, way=2, steps=1, batch=1),
-              invert=replace(PAPER.invert, steps=1, per_class=2), distill=replace(PAPER.distill, steps=1, way=2, n_query=1, cycle=2, warmup=1),
+              invert=replace(PAPER.invert, steps=2, per_class=2), distill=replace(PAPER.distill, steps=1, way=2, n_query=1, cycle=2, warmup=1),
               tune=TuneConfig(steps=1, batch=2), hub=HubConfig(steps=1, views=1))
-ALONE = replace(FEW, market=replace(FEW.market, n_loras=1))      # a market of one set needs no shares for four
+ALONE = replace(FEW, market=replace(FEW.market, n_loras=2))      # a market of one set needs no shares for four
 
 
 def write_weights(folder, seed=0):
