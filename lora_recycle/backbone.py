@@ -168,28 +168,30 @@ def embed_patches(backbone: Backbone, images: Tensor) -> Tensor:
         raise ValueError(f'images of {tuple(images.shape[-2:])} give {x.shape[1]} patches; {backbone.name} has positions for {backbone.n_patches}. Resize them.')
     return torch.cat([w['class_embedding'].expand(len(x), 1, -1), x], 1)+w['positional_embedding']
 
-# %% ../nbs/05_backbone.ipynb #35411e19
+# %% ../nbs/05_backbone.ipynb #106ee448
 def _norm(backbone: Backbone, x: Tensor, name: str) -> Tensor:
     "LayerNorm `name` of tokens [...,D]; none if the backbone has no such weights."
     w = backbone.weights
     return F.layer_norm(x, x.shape[-1:], w[f'{name}.weight'], w[f'{name}.bias'], backbone.eps) if f'{name}.weight' in w else x
 
-def _heads_of(backbone: Backbone, x: Tensor, layer: int, lora: LoRA | None) -> tuple[Tensor, Tensor, Tensor]:
-    "q, k, v of layer `layer` for normalised tokens x [B,N,D], LoRA added: each [B,H,N,D/H]."
-    w, at = backbone.weights, f'transformer.resblocks.{layer}.attn.in_proj_'
-    q, k, v = F.linear(x, w[at+'weight'], w[at+'bias']).chunk(3, -1)
-    if lora is not None: q, v = q+lora_delta(x, lora, layer, 0), v+lora_delta(x, lora, layer, 1)
-    B, N, D = x.shape
-    return tuple(t.view(B, N, backbone.heads, D//backbone.heads).transpose(1, 2) for t in (q, k, v))
+def _heads_of(backbone: Backbone, x: Tensor, layer: int, lora: LoRA | None, ahead: int) -> tuple[Tensor, Tensor, Tensor]:
+    "q of the first `ahead` tokens, k and v of all, in layer `layer` for normalised tokens x [B,N,D], LoRA added: each [B,H,n,D/H]."
+    w, at, D = backbone.weights, f'transformer.resblocks.{layer}.attn.in_proj_', x.shape[-1]
+    W, b = w[at+'weight'], w[at+'bias']
+    if ahead == x.shape[1]: q, k, v = F.linear(x, W, b).chunk(3, -1)
+    else: q, k, v = F.linear(x[:, :ahead], W[:D], b[:D]), *F.linear(x, W[D:], b[D:]).chunk(2, -1)
+    if lora is not None: q, v = q+lora_delta(x[:, :ahead], lora, layer, 0), v+lora_delta(x, lora, layer, 1)
+    return tuple(t.unflatten(-1, (backbone.heads, -1)).transpose(1, 2) for t in (q, k, v))
 
 def _mlp(backbone: Backbone, x: Tensor, layer: int) -> Tensor:
     "The two-layer perceptron of layer `layer` on normalised tokens [B,N,D]."
-    w, at = backbone.weights, f'transformer.resblocks.{layer}.mlp.'
-    h = F.linear(x, w[at+'c_fc.weight'], w[at+'c_fc.bias'])
-    h = F.gelu(h) if backbone.act == 'gelu' else F.silu(1.702*h)/1.702       # QuickGELU, h*sigmoid(1.702*h), in a form that keeps one tensor for the backward pass
-    return F.linear(h, w[at+'c_proj.weight'], w[at+'c_proj.bias'])
+    w, at, scale = backbone.weights, f'transformer.resblocks.{layer}.mlp.', 1.702
+    if backbone.act == 'gelu': return F.linear(F.gelu(F.linear(x, w[at+'c_fc.weight'], w[at+'c_fc.bias'])), w[at+'c_proj.weight'], w[at+'c_proj.bias'])
+    # QuickGELU, h*sigmoid(1.702*h), is silu(1.702*h)/1.702: one kernel, and the factors act on tensors a quarter as wide
+    h = F.silu(F.linear(scale*x, w[at+'c_fc.weight'], scale*w[at+'c_fc.bias']))
+    return F.linear(h, w[at+'c_proj.weight'])/scale+w[at+'c_proj.bias']
 
-# %% ../nbs/05_backbone.ipynb #df6f9ebe
+# %% ../nbs/05_backbone.ipynb #b478e8d2
 def encode(backbone: Backbone, images: Tensor, lora: LoRA | None = None, plan: dict | None = None, keep: Tensor | None = None,
            select=most_attended, with_tokens: bool = False) -> Encoded:
     """Features of normalised images [B,3,H,W].
@@ -205,12 +207,13 @@ def encode(backbone: Backbone, images: Tensor, lora: LoRA | None = None, plan: d
     x = _norm(backbone, x, 'ln_pre')
     for layer in range(backbone.layers):
         at = f'transformer.resblocks.{layer}.'
-        q, k, v = _heads_of(backbone, _norm(backbone, x, at+'ln_1'), layer, lora)
-        mixed = _attend(q, k, v).transpose(1, 2).reshape(x.shape)
-        x = x+F.linear(mixed, w[at+'attn.out_proj.weight'], w[at+'attn.out_proj.bias'])
+        ahead = 1 if layer == backbone.layers-1 and not with_tokens else x.shape[1]       # behind the last attention only [CLS] is read
+        q, k, v = _heads_of(backbone, _norm(backbone, x, at+'ln_1'), layer, lora, ahead)
+        mixed = _attend(q, k, v).transpose(1, 2).flatten(2)
+        x = x[:, :ahead]+F.linear(mixed, w[at+'attn.out_proj.weight'], w[at+'attn.out_proj.bias'])
         if layer in plan:
             stay = check_kept('select', select(cls_scores(q.detach(), k.detach()), plan[layer]), len(x), kept.shape[1])
-            x, kept = gather_tokens(x, stay), kept.gather(1, stay)
+            x, kept = x if ahead == 1 else gather_tokens(x, stay), kept.gather(1, stay)
         x = x+_mlp(backbone, _norm(backbone, x, at+'ln_2'), layer)
         if with_tokens: tokens.append(x)
     return Encoded(_norm(backbone, x[:, 0], 'ln_post') @ w['proj'], kept, tokens)

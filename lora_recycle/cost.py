@@ -119,16 +119,18 @@ def flops_g(shape:ViTShape,
     for attention, mlp in tokens: macs += (4*D*D + 4*D)*attention + (2*D*shape.hidden + 4*D)*mlp
     return 3*(macs + 4*D + D*shape.out_dim)/1e9
 
-# %% ../nbs/13_cost.ipynb #3dd71fcb
+# %% ../nbs/13_cost.ipynb #097552f3
 def flops_true_g(shape:ViTShape,
                  plan:dict=None,  # {layer: ratio}
                  n_in:int=None,   # patches that enter layer 0; None: all
                  rank:int=0,      # of a LoRA on q and v; 0: none
+                 cls_only:bool=False, # the last layer's queries and MLP for [CLS] alone, as in `encode` unless `with_tokens`
                 )->float:         # in units of 10^9
     "Operations of all matrix products in the forward pass of one image, attention included; 2 for each multiply-accumulate"
     D, macs = shape.width, shape.n_patches*3*shape.patch**2*shape.width
     for layer, (n, n_mlp) in enumerate(tokens_per_layer(shape, plan, n_in)):
-        macs += (4*D*D + 4*D*rank)*n + 2*n*n*D + 2*D*shape.hidden*n_mlp
+        ahead, n_mlp = (1, 1) if cls_only and layer == shape.layers-1 else (n, n_mlp)
+        macs += (2*D*D + 2*D*rank)*(n+ahead) + 2*n*ahead*D + 2*D*shape.hidden*n_mlp
         if layer in (plan or {}): macs += n*D
     return 2*(macs + D*shape.out_dim)/1e9
 

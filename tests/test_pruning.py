@@ -180,7 +180,7 @@ def test_a_dropped_token_gets_no_gradient_after_its_layer(layer, monkeypatch):
         return gather_tokens(x, keep)
     monkeypatch.setattr(library, "gather_tokens", spy)
     x = pictures(3, 4, 6).requires_grad_()
-    out = encode(make(4, 6), x, plan={layer: .5})
+    out = encode(make(4, 6), x, plan={layer: .5}, with_tokens=True)      # without, nobody but [CLS] is left behind the last attention
     out.features.square().sum().backward()
     (stream, stay), = seen
     assert torch.equal(stay, out.kept)
