@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_recycle.claims import (CLAIMS, FAILS, HOLDS, EXHIBITS, UNTOLD, VERDICTS, at_start, bootstrap, claims_page, forest, joint, judge_claim, judge_claims,
+from lora_recycle.verdicts import (CLAIMS, FAILS, HOLDS, EXHIBITS, UNTOLD, VERDICTS, at_start, bootstrap, claims_page, forest, joint, judge_claim, judge_claims,
                                  lacking, paper_figure, picture_of, place_map, read_runs, seed_folder)
 from lora_recycle.core import generator
 from lora_recycle.methods import label
@@ -169,7 +169,7 @@ def test_every_table_and_figure_of_the_paper_has_a_place():
 def test_the_map_is_the_generated_one(page):
     path = ROOT/page
     if not path.is_file() or '| paper | what it shows | here |' not in path.read_text(encoding='utf-8'): pytest.skip('the page has no map yet')
-    assert place_map(path.parent, ROOT/'results', ROOT) in path.read_text(encoding='utf-8'), 'run nbs/claims.ipynb; copy the map of lora_recycle.claims.place_map into README.md'
+    assert place_map(path.parent, ROOT/'results', ROOT) in path.read_text(encoding='utf-8'), 'run nbs/claims.ipynb; copy the map of lora_recycle.verdicts.place_map into README.md'
 
 def test_links_and_pictures_of_the_results_are_there():
     for path in (ROOT/'results'/'README.md', ROOT/'results'/'claims'/'table.md'):
