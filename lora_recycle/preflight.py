@@ -7,7 +7,7 @@ __all__ = ['PASSES', 'ALTERED', 'STAGES', 'Work', 'altered_scale', 'stages_neede
            'kept_bytes', 'bytes_an_image', 'memory_gb', 'free_memory_gb', 'memory_rows', 'disk_row', 'weight_row',
            'data_row', 'calibrate', 'with_time', 'needed_files', 'preflight', 'refuse']
 
-# %% ../nbs/29_preflight.ipynb #880281a2
+# %% ../nbs/29_preflight.ipynb #bdd5bff1
 import shutil
 import time
 import warnings
@@ -25,6 +25,7 @@ from .core import Cache, check_choice, generator
 from .cost import ViTShape, flops_true_g, n_left, random_backbone, random_prior, tokens_per_layer
 from .data import PAPER_SETS, class_splits
 from .datasets import FileSet, check_images, check_set
+from .distill import answers_pay
 from .lora import new_lora
 from .methods import ALPHAS, MARKET_SIZES, MINIATURE_PLANS, ONE_BY_ONE, PAPER_PLANS, RANKS
 from .models import MODELS, load_backbone, read_checkpoint, stem_flops_g
@@ -96,7 +97,7 @@ def stages_needed(method: tuple[str, str]) -> tuple[bool, bool, bool]:
     inverted = (recycled or name in _POOLED) and not elsewhere
     return recycled or inverted or name in _MARKET, inverted, recycled or name in ('P>M>F', 'MOLE'+_NAMED)
 
-# %% ../nbs/29_preflight.ipynb #e0416d25
+# %% ../nbs/29_preflight.ipynb #07baf82b
 def _tuning(settings: Scale, shape: ViTShape, source: str, n: int) -> dict:
     "`Work` of tuning n LoRAs on the set `source`."
     m, chunk = settings.market, settings.tune_chunk or settings.market.n_loras
@@ -125,7 +126,9 @@ def _meta(settings: Scale, shape: ViTShape, method: tuple[str, str], shot: int) 
     if plan and 'whole images' not in variant and max(plan) < shape.layers: left = tokens_per_layer(shape, plan)[-1][1]-1
     ratio = _share(shape, left)
     taught = 0. if name == 'P>M>F' else 1-next((mix for key, mix in _MIX.items() if variant.startswith(key)), d.mix)
-    forward = steps*taught*d.tasks*d.way*d.n_query*ratio+(settings.market.n_loras*settings.market.way*settings.invert.per_class if dropped else 0)
+    pool, known = settings.market.n_loras*settings.market.way*settings.invert.per_class, replace(d, steps=steps, mix=1-taught)
+    asked = 2*pool if answers_pay(pool, known) and not name.endswith(_NAMED) else steps*taught*d.tasks*d.way*d.n_query
+    forward = asked*ratio+(pool if dropped else 0)
     gb = n_weights(shape)*4e-9 if whole else _lora_gb(shape, 4 if zero else d.rank)+16e-9*steps
     if name == 'MOLE'+_NAMED: ratio, forward = _share(shape, rank=settings.market.n_loras*max(settings.market.ranks)), 0.
     return dict(jobs=1, forward=forward, **{'full' if whole else 'frozen': steps*task*ratio}, gb=gb, at_once=round(task*max(1, ratio)), copies=4 if whole else 1)

@@ -117,7 +117,10 @@ def test_the_benchmark_runs_and_tells_what_moved(tmp_path):
     rows = read_rows(out)
     assert list(rows.columns) == list(COLUMNS) and (rows['scale'] == 'smoke').all()
     assert {p.name for p in out.iterdir()} == {'rows.csv', 'table.md', 'run.json', 'growth.png', 'steps.png'}
-    steps = rows[rows['metric'] == 'share_of_limit']
+    shares = rows[rows['metric'] == 'share_of_limit']
+    whole = shares['backbone'] == 'miniature'
+    assert set(shares[whole]['method']) == {'plain', 'one at a time', 'four at once', 'all at once'} and (shares['value'] > 0).all()
+    steps = shares[~whole]
     assert set(steps['method']) == {'ours', 'ours, bfloat16', 'plain'} and (steps['value'] > 0).all()
     assert {'inversion step, dense', 'inversion step, {6: 0.75}, with R_BN', 'meta-training step, 75 % dropped', 'embedding'} <= set(steps['variant'])
     assert rows[rows['metric'].str.endswith('_difference')]['value'].max() < WITHIN
