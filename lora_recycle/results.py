@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'TIME_COLUMNS', 'PAPER_TABLES', 'SUPPLEMENT', 'write_rows', 'read_rows', 'paper_table', 'episode_key',
-           'write_episodes', 'read_episodes', 'paired_difference', 'wide', 'comparison', 'Statement', 'verdict',
-           'judge', 'statement_page', 'run_record']
+           'write_episodes', 'read_episodes', 'paired_difference', 'wide', 'common_tasks', 'comparison', 'Statement',
+           'verdict', 'judge', 'statement_page', 'run_record']
 
 # %% ../nbs/10_results.ipynb #852e11b8
 import importlib.resources
@@ -175,8 +175,8 @@ def _markdown(text):
     head = ["method", *(f"{dataset} {what}" for dataset, what in text.columns)]
     return "\n".join([line(head), line(["---"] + ["---:"]*(len(head) - 1)), *(line([m, *text.loc[m]]) for m in text.index)]) + "\n"
 
-# %% ../nbs/10_results.ipynb #fe9c8aaa
-def _pair(dataset, shot, ours, base, episodes):
+# %% ../nbs/10_results.ipynb #44101041
+def common_tasks(dataset, shot, ours, base, episodes):
     "Accuracies [T] of both methods on the tasks of both: task i is the same for every method, and one that pays for each has solved only the first; None if one is missing"
     pair = [episodes.get(episode_key(dataset, shot, *method.split(", ", 1))) for method in (ours, base)]
     if any(p is None for p in pair): return None
@@ -186,7 +186,7 @@ def _paired(columns, ours, base, episodes):
     "(mean, half interval) of `ours` - `base` in each of `columns` for which `episodes` has both"
     found = {}
     for dataset, what in columns:
-        pair = _pair(dataset, what.removesuffix("-shot"), ours, base, episodes)
+        pair = common_tasks(dataset, what.removesuffix("-shot"), ours, base, episodes)
         if pair: found[dataset, what] = paired_difference(*pair)
     for shot in {what for _, what in found}:
         each = [found[c] for c in found if c[1] == shot]
@@ -260,7 +260,7 @@ def comparison(rows,                             # of one table, one scale and o
             + (f"\n## In the paper ({backbone}{other})\n\nTable {printed} as printed, without intervals; differences between its lines are computed here.\n\n"
                + _section(theirs, gains, best=best, average=False) if printed else f"\n## In the paper\n\n{SUPPLEMENT[one['table']]}\n"))
 
-# %% ../nbs/10_results.ipynb #7c90acad
+# %% ../nbs/10_results.ipynb #4fe2f694
 @dataclass(frozen=True)
 class Statement:
     "`ours` is more than `margin` points above `base`; both are labels as in `wide`: a method, or 'method, variant'."
@@ -284,7 +284,7 @@ def judge(statements,      # of `Statement`
         for shot in rows["shot"].unique():
             keys = [[episode_key(d, shot, *label.split(", ", 1)) for label in (s.ours, s.base)] for d in rows["dataset"].unique()]
             for key in sum(keys, []): check_choice("method", key, episodes)
-            pairs = [paired_difference(*_pair(d, shot, s.ours, s.base, episodes)) for d in rows["dataset"].unique()]
+            pairs = [paired_difference(*common_tasks(d, shot, s.ours, s.base, episodes)) for d in rows["dataset"].unique()]
             mean, half = sum(m for m, _ in pairs)/len(pairs), math.sqrt(sum(h*h for _, h in pairs))/len(pairs)
             lines.append(dict(statement=s.text, shot=shot, difference=mean, ci95=half, verdict=verdict(mean, half, s.margin)))
     return pd.DataFrame(lines)

@@ -12,7 +12,7 @@ __all__ = ['RECYCLE', 'NN', 'AVERAGE', 'FULL', 'LORA', 'HUB', 'LATE', 'EARLY', '
            'glance', 'claims_page', 'forest', 'Exhibit', 'picture_of', 'place_map', 'lacking', 'seed_folder',
            'index_page']
 
-# %% ../nbs/26_verdicts.ipynb #449c3ade
+# %% ../nbs/26_verdicts.ipynb #db307bb2
 import json
 import os
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ from .core import check_choice, check_int, generator, plain
 from .methods import ALPHAS, FINE_TUNED, GRID, MINIATURE_PLANS, PAPERS, STARTS, label
 from .miniature import MINIATURES
 from .pipeline import SCALES
-from .results import PAPER_TABLES, SUPPLEMENT, Statement, _pair, paper_table, read_episodes, read_rows, verdict
+from .results import PAPER_TABLES, SUPPLEMENT, Statement, common_tasks, paper_table, read_episodes, read_rows, verdict
 from .tables import TABLES, chosen_methods
 
 # %% ../nbs/26_verdicts.ipynb #6678de25
@@ -251,14 +251,14 @@ def _cost(claim: Claim, name: str, other: str, run: SeedRun) -> float | None:
     if len(found) > 1: raise ValueError(f'{run.folder}: {claim.metric} of {name!r} is there {len(found)} times; keep one')
     return found['value'].item() if len(found) else None
 
-# %% ../nbs/26_verdicts.ipynb #722b63f3
+# %% ../nbs/26_verdicts.ipynb #9dcad2fb
 def _tested(claim: Claim, s: Statement, shot: int | None, run: SeedRun) -> tuple | None:
     "(ours, base, paired differences of each set) of the statement in one seed, None if it has no such rows; costs: the ratio, as the only task of the only set."
     if claim.metric != 'accuracy':
         a, b = _cost(claim, s.ours, s.base, run), _cost(claim, s.base, s.ours, run)
         return None if a is None or b is None else (a, b, [np.array([a/b])])
     sets = run.rows.loc[(run.rows['metric'] == 'accuracy') & (run.rows['shot'] == shot), 'dataset'].unique()
-    pairs = [p for p in (_pair(d, shot, s.ours, s.base, run.episodes) for d in sets) if p is not None]
+    pairs = [p for p in (common_tasks(d, shot, s.ours, s.base, run.episodes) for d in sets) if p is not None]
     return (np.mean([a.mean() for a, _ in pairs]), np.mean([b.mean() for _, b in pairs]), [a-b for a, b in pairs]) if pairs else None
 
 def _judge_statement(claim: Claim, s: Statement, shot: int | None, runs: list[SeedRun], resamples: int, gen: torch.Generator) -> dict | None:
