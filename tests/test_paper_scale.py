@@ -26,8 +26,8 @@ from lora_recycle.tables import PAPERS_SETS, TABLES, chosen_methods, make_table,
 
 PAPER = SCALES['paper']
 # counts only: what an image is, how it is read, and every kind of step are those of the paper's scale
-FEW = replace(PAPER, way=2, n_query=1, shots=(1,), n_tasks=3, n_tuned=2, n_val=2, rounds=2, market=replace(PAPER.market, n_loras=4, way=2, steps=1, batch=1),
-              invert=replace(PAPER.invert, steps=2, per_class=2), distill=replace(PAPER.distill, steps=1, way=2, n_query=1, cycle=2, warmup=1),
+FEW = replace(PAPER, n_query=1, shots=(1,), n_tasks=3, n_tuned=2, n_val=2, rounds=2, market=replace(PAPER.market, n_loras=4, steps=1, batch=1),
+              invert=replace(PAPER.invert, steps=2, per_class=2), distill=replace(PAPER.distill, steps=1, n_query=1, cycle=2, warmup=1),
               tune=TuneConfig(steps=1, batch=2), hub=HubConfig(steps=1, views=1))
 ALONE = replace(FEW, market=replace(FEW.market, n_loras=2))      # a market of one set needs no shares for four
 
@@ -186,7 +186,7 @@ def test_memory_is_what_autograd_keeps():
     assert set(calibrate(shape, prior=False)) == {'forward', 'frozen', 'full'}
 
 
-# ---- the real models: about three minutes on one core
+# ---- the real models
 
 @pytest.fixture(scope='module')
 def real(sets, tmp_path_factory):
@@ -206,7 +206,7 @@ def test_tables_at_paper_scale(real, tmp_path, table, settings, methods, backbon
     run = found.runs[0][0]
     assert (run.backbone.width, run.backbone.layers, run.backbone.n_patches) == (768, 12, 196) and sum(t.numel() for t in run.market.lora[:1].tensors().values()) > 147_456
     n, side = settings.market.n_loras, 224
-    assert run.inverted['images'].shape == (n, 2, 2, 3, side, side) and run.inverted['images'].dtype == torch.uint8
+    assert run.inverted['images'].shape == (n, 5, 2, 3, side, side) and run.inverted['images'].dtype == torch.uint8
     assert run.inverted['loss'].isfinite().all() and len(run.inverted['images'].unique()) > 100
 
 
