@@ -198,7 +198,7 @@ def real(sets, tmp_path_factory):
 
 @pytest.mark.parametrize('table, settings, methods, backbones', [
     ('in_domain', ALONE, 'NN|LoRA Recycle', ['ViT-B-16']), ('cross_domain', FEW, 'LoRA Recycle', ['ViT-B-16']),
-    ('backbones', ALONE, 'NN|LoRAHub|LoRA Recycle', ['ViT-B-16', 'ViT-B-32', 'DeiT-B'])])
+    ('backbones', ALONE, 'NN|LoRAHub|LoRA Recycle', ['ViT-B-16', 'ViT-B-32', 'DeiT-B']), ('interpolation', replace(ALONE, precision='bfloat16'), 'LoRA Recycle', ['ViT-B-16'])])
 def test_tables_at_paper_scale(real, tmp_path, table, settings, methods, backbones):
     files, cache = real
     found = made(table, settings, files, cache, methods, tmp_path)
