@@ -37,141 +37,192 @@ from torch import Tensor
 from . import __version__
 
 # %% ../nbs/00_core.ipynb #e30b02d4
-def check_int(name:str,       # name of the argument, for the message
-              value,          # what the caller gave
-              low:int,        # smallest legal value
-              high:int=None,  # largest legal value; None: no limit
-             )->int:          # `value`, as a plain int
+def check_int(
+    name: str,  # name of the argument, for the message
+    value,  # what the caller gave
+    low: int,  # smallest legal value
+    high: int = None,  # largest legal value; None: no limit
+) -> int:  # `value`, as a plain int
     "`value` if it is a whole number from `low` to `high`, else ValueError; True and False are not numbers here"
-    legal = f"a whole number from {low} to {high}" if high is not None else f"a whole number, {low} or more"
+    legal = (
+        f'a whole number from {low} to {high}'
+        if high is not None
+        else f'a whole number, {low} or more'
+    )
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not whole or value < low or (high is not None and value > high):
-        raise ValueError(f"{name}={value!r} is not legal: {name} must be {legal}. Change it and run again.")
+        raise ValueError(
+            f'{name}={value!r} is not legal: {name} must be {legal}. Change it and run again.'
+        )
     return int(value)
 
 # %% ../nbs/00_core.ipynb #5aed73ca
-def check_choice(name:str,  # name of the argument, for the message
-                 value,     # what the caller gave
-                 choices,   # the legal values
-                ):          # `value`
+def check_choice(
+    name: str,  # name of the argument, for the message
+    value,  # what the caller gave
+    choices,  # the legal values
+):  # `value`
     "`value` if it is among `choices`, else ValueError with the legal values and the nearest of them"
     choices = list(choices)
-    if value in choices: return value
+    if value in choices:
+        return value
     near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{name}={value!r} is not known.{hint} Set {name} to one of: {', '.join(map(repr, choices))}.")
+    hint = f' Did you mean {near[0]!r}?' if near else ''
+    raise ValueError(
+        f'{name}={value!r} is not known.{hint} Set {name} to one of: {", ".join(map(repr, choices))}.'
+    )
 
 # %% ../nbs/00_core.ipynb #a63095d4
 def _temp_path(folder):
     "A new name in `folder` that tells which process of which machine is at work there"
-    return Path(folder) / f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{platform.node()}"
+    return Path(folder) / f'.tmp-{os.getpid()}-{secrets.token_hex(4)}-{platform.node()}'
 
-def check_folder(name:str,  # name of the argument, for the message
-                 folder,    # path, made if it is missing
-                )->Path:    # `folder`, absolute
+
+def check_folder(
+    name: str,  # name of the argument, for the message
+    folder,  # path, made if it is missing
+) -> Path:  # `folder`, absolute
     "`folder` if files can be written there; else PermissionError, or ValueError where it can be no folder at all"
     folder = Path(folder).expanduser().absolute()
     probe = _temp_path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
+        probe.write_bytes(b'')
         probe.unlink()
     except OSError as err:
-        kind = PermissionError if err.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else ValueError
-        raise kind(f"{name}={str(folder)!r} cannot be written ({err.strerror}). Set {name} to a folder that you may write.") from err
+        kind = (
+            PermissionError if err.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else ValueError
+        )
+        raise kind(
+            f'{name}={str(folder)!r} cannot be written ({err.strerror}). Set {name} to a folder that you may write.'
+        ) from err
     return folder
 
 # %% ../nbs/00_core.ipynb #1109772c
 def _sha(tag, *pieces):
     "sha256 of `pieces`, told apart from other types by `tag`"
-    h = hashlib.sha256(tag.encode() + b"\0")
-    for piece in pieces: h.update(piece)
+    h = hashlib.sha256(tag.encode() + b'\0')
+    for piece in pieces:
+        h.update(piece)
     return h.digest()
+
 
 def _hash(x):
     "32 bytes that stand for the type and the content of `x`"
-    if x is None or isinstance(x, (bool, np.bool_)): return _sha("truth", str(x).encode())
-    if isinstance(x, Integral): return _sha("int", str(int(x)).encode())
-    if isinstance(x, (float, np.floating)): return _sha("float", float(x).hex().encode())
-    if isinstance(x, (str, Path)): return _sha("str", str(x).encode())
-    if isinstance(x, (list, tuple)): return _sha("list", *map(_hash, x))
-    if isinstance(x, dict): return _sha("dict", *sorted(_hash(k) + _hash(v) for k, v in x.items()))
+    if x is None or isinstance(x, (bool, np.bool_)):
+        return _sha('truth', str(x).encode())
+    if isinstance(x, Integral):
+        return _sha('int', str(int(x)).encode())
+    if isinstance(x, (float, np.floating)):
+        return _sha('float', float(x).hex().encode())
+    if isinstance(x, (str, Path)):
+        return _sha('str', str(x).encode())
+    if isinstance(x, (list, tuple)):
+        return _sha('list', *map(_hash, x))
+    if isinstance(x, dict):
+        return _sha('dict', *sorted(_hash(k) + _hash(v) for k, v in x.items()))
     if isinstance(x, Tensor):
         flat = x.detach().cpu().contiguous().reshape(-1)
-        return _sha(f"tensor {x.dtype} {tuple(x.shape)}", flat.view(torch.uint8).numpy())
+        return _sha(f'tensor {x.dtype} {tuple(x.shape)}', flat.view(torch.uint8).numpy())
     if isinstance(x, np.ndarray) and x.dtype != object:
-        return _sha(f"array {x.dtype.str} {x.shape}", np.ascontiguousarray(x).tobytes())
+        return _sha(f'array {x.dtype.str} {x.shape}', np.ascontiguousarray(x).tobytes())
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
-        return _sha(f"dataclass {type(x).__name__}", _hash({f.name: getattr(x, f.name) for f in dataclasses.fields(x)}))
-    raise ValueError(f"a {type(x).__name__} has no digest. Give numbers, strings, paths, lists, dicts, dataclasses, tensors or arrays.")
+        return _sha(
+            f'dataclass {type(x).__name__}',
+            _hash({f.name: getattr(x, f.name) for f in dataclasses.fields(x)}),
+        )
+    raise ValueError(
+        f'a {type(x).__name__} has no digest. Give numbers, strings, paths, lists, dicts, dataclasses, tensors or arrays.'
+    )
 
 # %% ../nbs/00_core.ipynb #2a73a19c
-def digest(*parts,  # numbers, strings, paths, None, lists, dicts, dataclasses, tensors, arrays; nested as you like
-          )->str:   # 16 hexadecimal digits
+def digest(
+    *parts,  # numbers, strings, paths, None, lists, dicts, dataclasses, tensors, arrays; nested as you like
+) -> str:  # 16 hexadecimal digits
     "Short name of the content of `parts`, the same on every machine; ValueError for a type without a stable content"
     return _hash(parts).hex()[:16]
 
 # %% ../nbs/00_core.ipynb #c1b05593
-def generator(seed:int,          # the seed of the run, 0 or more
-              *keys,             # what is drawn: strings, numbers, tuples
-             )->torch.Generator: # on the CPU, so that every device sees the same draws
+def generator(
+    seed: int,  # the seed of the run, 0 or more
+    *keys,  # what is drawn: strings, numbers, tuples
+) -> torch.Generator:  # on the CPU, so that every device sees the same draws
     "A random generator of its own for (`seed`, `keys`); ValueError for a negative seed"
-    check_int("seed", seed, 0)
-    return torch.Generator().manual_seed(int.from_bytes(_hash((seed, *keys))[:8], "big") >> 1)
+    check_int('seed', seed, 0)
+    return torch.Generator().manual_seed(int.from_bytes(_hash((seed, *keys))[:8], 'big') >> 1)
 
 # %% ../nbs/00_core.ipynb #d20dcffd
 def plain(x):
     "`x` in the words of JSON: dataclasses become dicts, paths text, tensors and arrays their shape and digest"
-    if dataclasses.is_dataclass(x) and not isinstance(x, type): x = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
-    if isinstance(x, dict): return {str(k): plain(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)): return [plain(v) for v in x]
-    if isinstance(x, (Tensor, np.ndarray)): return f"{type(x).__name__} {list(x.shape)} {digest(x)}"
-    if isinstance(x, np.generic): x = x.item()
-    if isinstance(x, float) and not math.isfinite(x): return str(x)   # JSON has no word for nan and infinity
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        x = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
+    if isinstance(x, dict):
+        return {str(k): plain(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [plain(v) for v in x]
+    if isinstance(x, (Tensor, np.ndarray)):
+        return f'{type(x).__name__} {list(x.shape)} {digest(x)}'
+    if isinstance(x, np.generic):
+        x = x.item()
+    if isinstance(x, float) and not math.isfinite(x):
+        return str(x)  # JSON has no word for nan and infinity
     return str(x) if isinstance(x, Path) else x
 
 # %% ../nbs/00_core.ipynb #2e925429
 def _sync_folder(folder):
     "Force the names in `folder` to the disk, where the system can"
-    if os.name != "posix": return
+    if os.name != 'posix':
+        return
     handle = os.open(folder, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
-def write_bytes(path, data:bytes):
+
+def write_bytes(path, data: bytes):
     "Write `data` to `path`, whole or not at all; its folder is made if needed"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = _temp_path(path.parent)
     try:
-        with open(tmp, "wb") as f:
+        with open(tmp, 'wb') as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        tmp.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
-def write_text(path, text:str):
+
+def write_text(path, text: str):
     "Write `text` to `path` as UTF-8, whole or not at all"
     write_bytes(path, text.encode())
 
+
 def write_json(path, value):
     "Write `value`, made `plain`, to `path` as JSON, whole or not at all"
-    write_text(path, json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(plain(value), indent=1, ensure_ascii=False) + '\n')
 
 # %% ../nbs/00_core.ipynb #5ff8b927
-def save_tensors(path,               # file to write, *.safetensors
-                 tensors:dict,       # name -> tensor, on any device
-                 metadata:dict=None, # short strings to keep beside them: name -> str
-                )->dict:             # {"bytes": size of the file, "sha256": its digest}
+def save_tensors(
+    path,  # file to write, *.safetensors
+    tensors: dict,  # name -> tensor, on any device
+    metadata: dict = None,  # short strings to keep beside them: name -> str
+) -> dict:  # {"bytes": size of the file, "sha256": its digest}
     "Write `tensors` to `path`, whole or not at all; ValueError if something is not a tensor"
     wrong = [name for name, t in tensors.items() if not isinstance(t, Tensor)]
-    if wrong: raise ValueError(f"tensors[{wrong[0]!r}] is a {type(tensors[wrong[0]]).__name__}. Give tensors only, texts as `metadata`.")
+    if wrong:
+        raise ValueError(
+            f'tensors[{wrong[0]!r}] is a {type(tensors[wrong[0]]).__name__}. Give tensors only, texts as `metadata`.'
+        )
     # a copy, for safetensors refuses tensors that share memory
-    data = safetensors.torch.save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, metadata)
+    data = safetensors.torch.save(
+        {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, metadata
+    )
     write_bytes(path, data)
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return {'bytes': len(data), 'sha256': hashlib.sha256(data).hexdigest()}
 
 # %% ../nbs/00_core.ipynb #31bf8490
 def _read_tensors(path, expected_sha256):
@@ -179,43 +230,71 @@ def _read_tensors(path, expected_sha256):
     data = path.read_bytes()
     found = hashlib.sha256(data).hexdigest()
     if expected_sha256 is not None and found != expected_sha256:
-        raise ValueError(f"its sha256 is {found[:12]}…, not {expected_sha256[:12]}…")
-    try: return safetensors.torch.load(data)
-    except safetensors.SafetensorError as err: raise ValueError(str(err)) from err
+        raise ValueError(f'its sha256 is {found[:12]}…, not {expected_sha256[:12]}…')
+    try:
+        return safetensors.torch.load(data)
+    except safetensors.SafetensorError as err:
+        raise ValueError(str(err)) from err
 
-def load_tensors(path,                     # file that `save_tensors` wrote
-                 expected_sha256:str=None, # its digest, when known: then checked
-                )->dict:                   # name -> tensor, on the CPU
+
+def load_tensors(
+    path,  # file that `save_tensors` wrote
+    expected_sha256: str = None,  # its digest, when known: then checked
+) -> dict:  # name -> tensor, on the CPU
     "All tensors of `path`; FileNotFoundError if it is missing, ValueError if it is cut short or altered"
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"{path} is missing. Run the step that makes it, or fetch it again.")
-    try: return _read_tensors(path, expected_sha256)
-    except ValueError as err: raise ValueError(f"{path} is damaged: {err}. Delete it, then make or fetch it again.") from err
+    if not path.exists():
+        raise FileNotFoundError(
+            f'{path} is missing. Run the step that makes it, or fetch it again.'
+        )
+    try:
+        return _read_tensors(path, expected_sha256)
+    except ValueError as err:
+        raise ValueError(
+            f'{path} is damaged: {err}. Delete it, then make or fetch it again.'
+        ) from err
 
-def load_metadata(path)->dict:
+
+def load_metadata(path) -> dict:
     "The strings that were saved beside the tensors of `path`"
     load_tensors(path)
-    with safetensors.safe_open(path, "pt") as f: return f.metadata() or {}
+    with safetensors.safe_open(path, 'pt') as f:
+        return f.metadata() or {}
 
 # %% ../nbs/00_core.ipynb #86389d36
-_DAMAGE = (OSError, ValueError, KeyError, TypeError)  # what reading an entry raises when something in it is not as it was written
+_DAMAGE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+)  # what reading an entry raises when something in it is not as it was written
+
 
 def _load_entry(entry):
     "The tensors of the cache entry `entry`, checked against its manifest; one of `_DAMAGE` otherwise"
-    record = json.loads((entry/"manifest.json").read_text(encoding="utf-8"))["files"]["data.safetensors"]
-    size = (entry/"data.safetensors").stat().st_size
-    if size != record["bytes"]: raise ValueError(f"data.safetensors has {size} of {record['bytes']} bytes")
-    return _read_tensors(entry/"data.safetensors", record["sha256"])
+    record = json.loads((entry / 'manifest.json').read_text(encoding='utf-8'))['files'][
+        'data.safetensors'
+    ]
+    size = (entry / 'data.safetensors').stat().st_size
+    if size != record['bytes']:
+        raise ValueError(f'data.safetensors has {size} of {record["bytes"]} bytes')
+    return _read_tensors(entry / 'data.safetensors', record['sha256'])
+
 
 def _sweep(folder):
     "Remove the temporary folders of processes of this machine that are no more"
-    if os.name != "posix": return    # elsewhere asking whether a process lives may end it
-    for tmp in folder.glob("*/.tmp-*"):
-        match = re.fullmatch(r"\.tmp-(\d+)-[0-9a-f]+-(.*)", tmp.name)
-        if match is None or match[2] != platform.node(): continue
-        try: os.kill(int(match[1]), 0)    # signal 0 only asks
-        except ProcessLookupError: shutil.rmtree(tmp, ignore_errors=True)
-        except PermissionError: pass # alive, and somebody else's
+    if os.name != 'posix':
+        return  # elsewhere asking whether a process lives may end it
+    for tmp in folder.glob('*/.tmp-*'):
+        match = re.fullmatch(r'\.tmp-(\d+)-[0-9a-f]+-(.*)', tmp.name)
+        if match is None or match[2] != platform.node():
+            continue
+        try:
+            os.kill(int(match[1]), 0)  # signal 0 only asks
+        except ProcessLookupError:
+            shutil.rmtree(tmp, ignore_errors=True)
+        except PermissionError:
+            pass  # alive, and somebody else's
 
 # %% ../nbs/00_core.ipynb #8f545b5d
 def _install(tmp, entry):
@@ -225,103 +304,168 @@ def _install(tmp, entry):
             os.rename(tmp, entry)
             return _sync_folder(entry.parent)
         except OSError as err:
-            if err.errno not in (errno.ENOTEMPTY, errno.EEXIST): raise
+            if err.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
         try:
             _load_entry(entry)
             return shutil.rmtree(tmp)
         except _DAMAGE:
             aside = _temp_path(entry.parent)
-            try: os.rename(entry, aside)
-            except FileNotFoundError: continue   # the other run moved it first
+            try:
+                os.rename(entry, aside)
+            except FileNotFoundError:
+                continue  # the other run moved it first
             shutil.rmtree(aside, ignore_errors=True)
+
 
 def _write_entry(entry, kind, key, make):
     "Call `make` and keep what it returns as `entry`"
     start = time.perf_counter()
     tensors = make()
     tmp = _temp_path(entry.parent)
-    files = {"data.safetensors": save_tensors(tmp/"data.safetensors", tensors)}
-    write_json(tmp/"manifest.json", dict(kind=kind, key=key, files=files, created=_now(),
-                                         seconds=round(time.perf_counter() - start, 3), version=__version__))
+    files = {'data.safetensors': save_tensors(tmp / 'data.safetensors', tensors)}
+    write_json(
+        tmp / 'manifest.json',
+        dict(
+            kind=kind,
+            key=key,
+            files=files,
+            created=_now(),
+            seconds=round(time.perf_counter() - start, 3),
+            version=__version__,
+        ),
+    )
     _install(tmp, entry)
+
 
 def _renew_entry(entry, kind, key, make):
     "(outcome, tensors) of an `entry` that was absent or damaged a moment ago: another process may have made it since"
-    try: return "hit", _load_entry(entry)
+    try:
+        return 'hit', _load_entry(entry)
     except _DAMAGE as err:
-        outcome = "rebuilt" if entry.exists() else "made"
-        if outcome == "rebuilt": warnings.warn(f"the cache entry {entry} is damaged ({err}) and is made again", stacklevel=4)
+        outcome = 'rebuilt' if entry.exists() else 'made'
+        if outcome == 'rebuilt':
+            warnings.warn(
+                f'the cache entry {entry} is damaged ({err}) and is made again', stacklevel=4
+            )
     _write_entry(entry, kind, key, make)
     return outcome, _load_entry(entry)
 
+
 def _now():
     "This moment in UTC, to the second"
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(timezone.utc).isoformat(timespec='seconds')
 
 # %% ../nbs/00_core.ipynb #282c46d2
 class Cache:
     "Results of stages in `folder`, each computed once; `log` lists (kind, digest, 'hit' | 'made' | 'rebuilt', seconds) of this object"
+
     def __init__(self, folder):
-        self.folder, self.log = check_folder("cache_dir", folder), []
+        self.folder, self.log = check_folder('cache_dir', folder), []
         _sweep(self.folder)
 
-    def entry(self, kind:str, key)->Path:
+    def entry(self, kind: str, key) -> Path:
         "The folder in which the result for (`kind`, `key`) is kept, there or not"
         if not (isinstance(kind, str) and kind.isidentifier()):
-            raise ValueError(f"kind={kind!r} is not legal: it names a sub-folder. Use one word of letters, digits and _.")
+            raise ValueError(
+                f'kind={kind!r} is not legal: it names a sub-folder. Use one word of letters, digits and _.'
+            )
         return self.folder / kind / digest(kind, key)
 
-    def get(self, kind:str,  # what the result is, one word
-            key,             # all that it depends on: anything with a `digest`
-            make,            # function without arguments that computes it: name -> tensor
-           )->dict:          # name -> tensor, on the CPU
+    def get(
+        self,
+        kind: str,  # what the result is, one word
+        key,  # all that it depends on: anything with a `digest`
+        make,  # function without arguments that computes it: name -> tensor
+    ) -> dict:  # name -> tensor, on the CPU
         "The result for (`kind`, `key`): read if a sound one is there, else computed by `make`, kept, and read back; a process that asks meanwhile waits"
-        entry, start, outcome = self.entry(kind, key), time.perf_counter(), "hit"
-        try: tensors = _load_entry(entry)
+        entry, start, outcome = self.entry(kind, key), time.perf_counter(), 'hit'
+        try:
+            tensors = _load_entry(entry)
         except _DAMAGE:
-            with self._lock(entry): outcome, tensors = _renew_entry(entry, kind, key, make)
+            with self._lock(entry):
+                outcome, tensors = _renew_entry(entry, kind, key, make)
         self.log.append((kind, entry.name, outcome, round(time.perf_counter() - start, 3)))
         return tensors
 
     def _lock(self, entry):
         "Held by the process that makes `entry`; the system lets go of it when that process ends, however it ends"
-        (self.folder/".locks").mkdir(exist_ok=True)
-        return FileLock(self.folder/".locks"/f"{entry.parent.name}-{entry.name}")
+        (self.folder / '.locks').mkdir(exist_ok=True)
+        return FileLock(self.folder / '.locks' / f'{entry.parent.name}-{entry.name}')
 
 # %% ../nbs/00_core.ipynb #b947ab32
-_PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "numpy", "pandas", "seaborn", "matplotlib", "scikit-learn", "safetensors")
+_PACKAGES = (
+    'torch',
+    'torchvision',
+    'open_clip_torch',
+    'timm',
+    'numpy',
+    'pandas',
+    'seaborn',
+    'matplotlib',
+    'scikit-learn',
+    'safetensors',
+)
+
 
 def _version(package):
     "Installed version of `package`, None if it is not installed"
-    try: return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError: return None
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
 
 def _git(*args):
     "What git says about the folder that holds this package; None without git or outside a repository"
-    root = Path(importlib.util.find_spec("lora_recycle").origin).resolve().parent.parent
-    try: done = subprocess.run(["git", "-C", root, *args], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired): return None
+    root = Path(importlib.util.find_spec('lora_recycle').origin).resolve().parent.parent
+    try:
+        done = subprocess.run(
+            ['git', '-C', root, *args], capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
+
 
 def _commit():
     "(commit, dirty) of the checkout of this package; (None, None) if it was installed elsewhere"
-    root = Path(importlib.util.find_spec("lora_recycle").origin).resolve().parent.parent
-    top = _git("rev-parse", "--show-toplevel")
-    if top is None or Path(top).resolve() != root: return None, None
-    return _git("rev-parse", "HEAD"), bool(_git("status", "--porcelain", "--", "lora_recycle", "nbs"))
+    root = Path(importlib.util.find_spec('lora_recycle').origin).resolve().parent.parent
+    top = _git('rev-parse', '--show-toplevel')
+    if top is None or Path(top).resolve() != root:
+        return None, None
+    return _git('rev-parse', 'HEAD'), bool(
+        _git('status', '--porcelain', '--', 'lora_recycle', 'nbs')
+    )
+
 
 def _device_name(device):
     "The name that the maker gave to `device`"
-    if torch.device(device).type == "cuda": return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
+    if torch.device(device).type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    info = Path('/proc/cpuinfo')
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')),
+        platform.machine(),
+    )
 
 # %% ../nbs/00_core.ipynb #c5fe7b46
-def environment(device="cpu",  # torch device on which the work is done
-               )->dict:        # ready for JSON
+def environment(
+    device='cpu',  # torch device on which the work is done
+) -> dict:  # ready for JSON
     "Commit, versions and machine of this run; `commit` and `dirty` are None outside a checkout"
     commit, dirty = _commit()
-    return dict(commit=commit, dirty=dirty, lora_recycle=__version__, python=platform.python_version(),
-                versions={name: _version(name) for name in _PACKAGES}, device=str(device), device_name=_device_name(device),
-                threads=torch.get_num_threads(), cores=os.cpu_count(), platform=platform.platform(), created=_now())
+    return dict(
+        commit=commit,
+        dirty=dirty,
+        lora_recycle=__version__,
+        python=platform.python_version(),
+        versions={name: _version(name) for name in _PACKAGES},
+        device=str(device),
+        device_name=_device_name(device),
+        threads=torch.get_num_threads(),
+        cores=os.cpu_count(),
+        platform=platform.platform(),
+        created=_now(),
+    )

@@ -1,4 +1,5 @@
 "The estimator takes images and labels of any kind or says what is wrong; recycling resumes; what is saved comes back or is refused."
+
 import json
 import re
 import subprocess
@@ -18,16 +19,26 @@ from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from lora_recycle.backbone import Backbone
-from lora_recycle.classifier import (FewShotClassifier, PrototypeClassifier, image_tensor, inversion_terms, load_meta_lora, recycle, recycled_figure,
-                                     save_meta_lora, squared_distances, synthetic_scores)
+from lora_recycle.method.backbone import Backbone
+from lora_recycle.use.classifier import (
+    FewShotClassifier,
+    PrototypeClassifier,
+    image_tensor,
+    inversion_terms,
+    load_meta_lora,
+    recycle,
+    recycled_figure,
+    save_meta_lora,
+    squared_distances,
+    synthetic_scores,
+)
 from lora_recycle.core import digest, generator
-from lora_recycle.distill import DistillConfig
-from lora_recycle.evaluate import embed, nearest_prototype
-from lora_recycle.episodes import Episodes
-from lora_recycle.exchange import hf_names, read_adapter
-from lora_recycle.inversion import InvertConfig
-from lora_recycle.lora import LoRA, average_products, new_lora, stack_loras
+from lora_recycle.method.distill import DistillConfig
+from lora_recycle.suite.evaluate import embed, nearest_prototype
+from lora_recycle.suite.episodes import Episodes
+from lora_recycle.use.exchange import hf_names, read_adapter
+from lora_recycle.method.inversion import InvertConfig
+from lora_recycle.method.lora import LoRA, average_products, new_lora, stack_loras
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 8
@@ -36,148 +47,290 @@ SIDE = 8
 def tiny(seed=0, name='tiny'):
     "A backbone with random weights: 2 layers, width 16, 4 patches of images of 8 pixels, features of 12"
     gen, D = generator(seed, 'tiny'), 16
-    shapes = {'class_embedding': (D,), 'conv1.weight': (D, 3, 4, 4), 'positional_embedding': (5, D), 'proj': (D, 12)}
+    shapes = {
+        'class_embedding': (D,),
+        'conv1.weight': (D, 3, 4, 4),
+        'positional_embedding': (5, D),
+        'proj': (D, 12),
+    }
+
     def shape(key):
-        if key in shapes: return shapes[key]
-        if 'in_proj' in key: return (3*D, D) if key.endswith('weight') else (3*D,)
-        if 'c_fc' in key: return (4*D, D) if key.endswith('weight') else (4*D,)
-        if 'c_proj' in key: return (D, 4*D) if key.endswith('weight') else (D,)
+        if key in shapes:
+            return shapes[key]
+        if 'in_proj' in key:
+            return (3 * D, D) if key.endswith('weight') else (3 * D,)
+        if 'c_fc' in key:
+            return (4 * D, D) if key.endswith('weight') else (4 * D,)
+        if 'c_proj' in key:
+            return (D, 4 * D) if key.endswith('weight') else (D,)
         return (D, D) if 'out_proj.weight' in key else (D,)
-    return Backbone(name, {k: torch.randn(shape(k), generator=gen)*.3 for k in hf_names(2)}, heads=2, patch=4)
+
+    return Backbone(
+        name, {k: torch.randn(shape(k), generator=gen) * 0.3 for k in hf_names(2)}, heads=2, patch=4
+    )
+
 
 def tiny_market(n, ways=5, seed=0):
     gen = generator(seed, 'tiny market')
-    return LoRA(torch.randn(n, 2, 2, 16, 3, generator=gen)*.2, torch.randn(n, 2, 2, 3, 16, generator=gen)*.2, torch.randn(n, 12, ways, generator=gen), torch.zeros(n, ways))
+    return LoRA(
+        torch.randn(n, 2, 2, 16, 3, generator=gen) * 0.2,
+        torch.randn(n, 2, 2, 3, 16, generator=gen) * 0.2,
+        torch.randn(n, 12, ways, generator=gen),
+        torch.zeros(n, ways),
+    )
 
-def noise(n, side=SIDE, seed=0): return torch.randint(256, (n, 3, side, side), generator=generator(seed, 'noise', n, side)).to(torch.uint8)
 
-QUICK = dict(invert_config=InvertConfig(steps=2, per_class=4, alpha_bn=0.), distill_config=DistillConfig(steps=3, n_query=2, rank=2, cycle=3, warmup=1), n_tasks=5)
+def noise(n, side=SIDE, seed=0):
+    return torch.randint(256, (n, 3, side, side), generator=generator(seed, 'noise', n, side)).to(
+        torch.uint8
+    )
+
+
+QUICK = dict(
+    invert_config=InvertConfig(steps=2, per_class=4, alpha_bn=0.0),
+    distill_config=DistillConfig(steps=3, n_query=2, rank=2, cycle=3, warmup=1),
+    n_tasks=5,
+)
+
 
 @pytest.fixture(scope='module')
-def backbone(): return tiny()
+def backbone():
+    return tiny()
+
+
 @pytest.fixture(scope='module')
-def lora(): return tiny_market(1).map(lambda t: t[0])
+def lora():
+    return tiny_market(1).map(lambda t: t[0])
+
+
 @pytest.fixture(scope='module')
-def recycled(backbone): return recycle(backbone, tiny_market(3), **QUICK)
+def recycled(backbone):
+    return recycle(backbone, tiny_market(3), **QUICK)
 
 
 # scikit-learn's checks: everything but the encoder, on tables of numbers
 
-SKIPPED = dict(check_classifiers_regression_target='labels may be of any hashable type, 0.5 among them',
-               check_supervised_y_2d='a column of labels is refused, not flattened with a warning')
+SKIPPED = dict(
+    check_classifiers_regression_target='labels may be of any hashable type, 0.5 among them',
+    check_supervised_y_2d='a column of labels is refused, not flattened with a warning',
+)
+
 
 @parametrize_with_checks([PrototypeClassifier()], expected_failed_checks=lambda e: SKIPPED)
-def test_scikit_learn_checks(estimator, check): check(estimator)
+def test_scikit_learn_checks(estimator, check):
+    check(estimator)
+
 
 def test_clone_and_parameters(backbone, lora):
-    model = FewShotClassifier(backbone, lora, temperature=2.).fit(noise(2), [0, 1])
+    model = FewShotClassifier(backbone, lora, temperature=2.0).fit(noise(2), [0, 1])
     copy = clone(model)
-    assert copy.backbone is backbone and copy.meta_lora is lora and copy.temperature == 2. and not hasattr(copy, 'classes_')
+    assert (
+        copy.backbone is backbone
+        and copy.meta_lora is lora
+        and copy.temperature == 2.0
+        and not hasattr(copy, 'classes_')
+    )
     assert repr(copy) == 'FewShotClassifier(tiny, LoRA of rank 3, temperature=2.0)'
-    assert copy.set_params(temperature=3.).get_params()['temperature'] == 3. and model.temperature == 2.
+    assert (
+        copy.set_params(temperature=3.0).get_params()['temperature'] == 3.0
+        and model.temperature == 2.0
+    )
+
 
 def test_before_fit(backbone, tmp_path):
     model = FewShotClassifier(backbone)
-    for use in (lambda: model.predict(noise(1)), lambda: model.predict_proba(noise(1)), lambda: model.score(noise(1), [0]), lambda: model.save(tmp_path/'x')):
-        with pytest.raises(NotFittedError): use()
+    for use in (
+        lambda: model.predict(noise(1)),
+        lambda: model.predict_proba(noise(1)),
+        lambda: model.score(noise(1), [0]),
+        lambda: model.save(tmp_path / 'x'),
+    ):
+        with pytest.raises(NotFittedError):
+            use()
     assert not [k for k in vars(model) if k.endswith('_')]
+
 
 def test_grid_search_over_temperatures(backbone):
     images = np.moveaxis(noise(12).numpy(), 1, -1)
-    found = GridSearchCV(FewShotClassifier(backbone), dict(temperature=[.5, 2.]), cv=2, error_score='raise').fit(images, list('ab')*6)
+    found = GridSearchCV(
+        FewShotClassifier(backbone), dict(temperature=[0.5, 2.0]), cv=2, error_score='raise'
+    ).fit(images, list('ab') * 6)
     assert found.best_estimator_.predict(images).shape == (12,)
 
 
 # images
 
+
 def pil(mode='RGB', size=(SIDE, SIDE)):
-    gradient = Image.fromarray(np.linspace(0, 255, SIDE*SIDE*3).reshape(SIDE, SIDE, 3).astype(np.uint8)).resize(size)
+    gradient = Image.fromarray(
+        np.linspace(0, 255, SIDE * SIDE * 3).reshape(SIDE, SIDE, 3).astype(np.uint8)
+    ).resize(size)
     return gradient.quantize(16) if mode == 'P' else gradient.convert(mode)
+
 
 def test_forms_of_one_image_agree(tmp_path):
     image = pil()
     array = np.array(image)
-    image.save(tmp_path/'image.png')
+    image.save(tmp_path / 'image.png')
     chw = torch.from_numpy(array).permute(2, 0, 1)
-    forms = [image, array, array[::-1][::-1], np.asfortranarray(array), array/255, (array/255).astype('>f4'), (array.astype(np.uint16)*257).astype('>u2'), chw, chw/255,
-             (chw/255).double(), str(tmp_path/'image.png'), tmp_path/'image.png', np.dstack([array, array[..., :1]]), image.convert('RGBA'),
-             (chw.to(torch.int32)*257).to(torch.uint16)]
-    for form in forms: torch.testing.assert_close(image_tensor(form, SIDE), chw/255, atol=1e-6, rtol=0)
+    forms = [
+        image,
+        array,
+        array[::-1][::-1],
+        np.asfortranarray(array),
+        array / 255,
+        (array / 255).astype('>f4'),
+        (array.astype(np.uint16) * 257).astype('>u2'),
+        chw,
+        chw / 255,
+        (chw / 255).double(),
+        str(tmp_path / 'image.png'),
+        tmp_path / 'image.png',
+        np.dstack([array, array[..., :1]]),
+        image.convert('RGBA'),
+        (chw.to(torch.int32) * 257).to(torch.uint16),
+    ]
+    for form in forms:
+        torch.testing.assert_close(image_tensor(form, SIDE), chw / 255, atol=1e-6, rtol=0)
 
-@pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'HSV', 'I;16'])
+
+@pytest.mark.parametrize(
+    'mode', ['1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'HSV', 'I;16']
+)
 def test_modes(backbone, mode):
-    image = Image.fromarray(np.array(pil('L')).astype(np.uint16)*257) if mode == 'I;16' else pil(mode)
+    image = (
+        Image.fromarray(np.array(pil('L')).astype(np.uint16) * 257) if mode == 'I;16' else pil(mode)
+    )
     near = image_tensor(image, SIDE)
     assert near.shape == (3, SIDE, SIDE) and near.dtype == torch.float32
-    if mode not in ('1',): assert (near.mean()-image_tensor(pil(), SIDE).mean()).abs() < .1
-    assert FewShotClassifier(backbone).fit([image, pil('L', (50, 20))], ['a', 'b']).predict(image) == ['a']
+    if mode not in ('1',):
+        assert (near.mean() - image_tensor(pil(), SIDE).mean()).abs() < 0.1
+    assert FewShotClassifier(backbone).fit([image, pil('L', (50, 20))], ['a', 'b']).predict(
+        image
+    ) == ['a']
+
 
 def test_16_bits_are_scaled_not_clipped(tmp_path):
-    ramp = np.linspace(0, 65535, SIDE*SIDE).reshape(SIDE, SIDE).astype(np.uint16)
-    Image.fromarray(ramp).save(tmp_path/'ramp.png')
-    for form in (Image.fromarray(ramp), tmp_path/'ramp.png', ramp, ramp[..., None]):
-        assert (image_tensor(form, SIDE)[0]-torch.from_numpy(ramp/65535).float()).abs().max() < .003
+    ramp = np.linspace(0, 65535, SIDE * SIDE).reshape(SIDE, SIDE).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / 'ramp.png')
+    for form in (Image.fromarray(ramp), tmp_path / 'ramp.png', ramp, ramp[..., None]):
+        assert (
+            image_tensor(form, SIDE)[0] - torch.from_numpy(ramp / 65535).float()
+        ).abs().max() < 0.003
+
 
 def test_grey_and_truth():
     grey = np.array(pil('L'))
-    for form in (grey, grey[..., None], torch.from_numpy(grey)[None]): torch.testing.assert_close(image_tensor(form, SIDE)[2], torch.from_numpy(grey)/255)
-    assert image_tensor(grey > 100, SIDE).unique().tolist() == [0., 1.]
+    for form in (grey, grey[..., None], torch.from_numpy(grey)[None]):
+        torch.testing.assert_close(image_tensor(form, SIDE)[2], torch.from_numpy(grey) / 255)
+    assert image_tensor(grey > 100, SIDE).unique().tolist() == [0.0, 1.0]
+
 
 def test_photos_are_turned_as_the_camera_noted(tmp_path):
-    photo = Image.fromarray(np.vstack([np.zeros((8, 16, 3), np.uint8), np.full((8, 16, 3), 255, np.uint8)]))
+    photo = Image.fromarray(
+        np.vstack([np.zeros((8, 16, 3), np.uint8), np.full((8, 16, 3), 255, np.uint8)])
+    )
     exif = Image.Exif()
-    exif[0x0112] = 3                                  # upside down
-    photo.save(tmp_path/'photo.jpg', exif=exif, quality=95)
-    for form in (tmp_path/'photo.jpg', Image.open(tmp_path/'photo.jpg')): assert image_tensor(form, SIDE)[:, :2].mean() > .9
+    exif[0x0112] = 3  # upside down
+    photo.save(tmp_path / 'photo.jpg', exif=exif, quality=95)
+    for form in (tmp_path / 'photo.jpg', Image.open(tmp_path / 'photo.jpg')):
+        assert image_tensor(form, SIDE)[:, :2].mean() > 0.9
+
 
 def test_resizing_squashes_with_antialias():
-    stripes = np.tile(np.array([0, 255], np.uint8), (64, 32))           # finer than the target: grey, not black or white
-    assert (image_tensor(stripes, SIDE)-.5).abs().max() < .02
-    half = np.zeros((10, 300), np.uint8); half[:, 150:] = 255           # nothing is cropped
+    stripes = np.tile(
+        np.array([0, 255], np.uint8), (64, 32)
+    )  # finer than the target: grey, not black or white
+    assert (image_tensor(stripes, SIDE) - 0.5).abs().max() < 0.02
+    half = np.zeros((10, 300), np.uint8)
+    half[:, 150:] = 255  # nothing is cropped
     found = image_tensor(half, SIDE)
-    assert found[:, :, :3].max() < .05 and found[:, :, 5:].min() > .95
+    assert found[:, :, :3].max() < 0.05 and found[:, :, 5:].min() > 0.95
     assert image_tensor(np.full((1, 1), 200, np.uint8), SIDE).unique().numel() == 1
 
-@pytest.mark.parametrize('bad, says', [
-    (torch.full((3, 8, 8), float('nan')), 'NaN'), (np.full((8, 8), np.inf), 'infinity'), (np.full((8, 8), 200.), 'must lie in'), (np.full((8, 8), -.1), 'must lie in'),
-    (np.full((8, 8), 1e300), 'infinity'), (np.zeros((3, 8, 8)), 'shape'), (np.zeros((8, 8), np.int64), 'int64'), (np.zeros((8, 8), complex), 'complex'), (np.zeros((0, 8, 3)), 'shape'),
-    (torch.zeros(2, 8, 8), 'shape'), (torch.zeros(1, 3, 8, 8), 'shape'), (np.zeros((8, 8, 2)), 'shape'), (None, 'NoneType'), ([[0.]], 'list'), (pil('L').convert('F'), 'F')])
+
+@pytest.mark.parametrize(
+    'bad, says',
+    [
+        (torch.full((3, 8, 8), float('nan')), 'NaN'),
+        (np.full((8, 8), np.inf), 'infinity'),
+        (np.full((8, 8), 200.0), 'must lie in'),
+        (np.full((8, 8), -0.1), 'must lie in'),
+        (np.full((8, 8), 1e300), 'infinity'),
+        (np.zeros((3, 8, 8)), 'shape'),
+        (np.zeros((8, 8), np.int64), 'int64'),
+        (np.zeros((8, 8), complex), 'complex'),
+        (np.zeros((0, 8, 3)), 'shape'),
+        (torch.zeros(2, 8, 8), 'shape'),
+        (torch.zeros(1, 3, 8, 8), 'shape'),
+        (np.zeros((8, 8, 2)), 'shape'),
+        (None, 'NoneType'),
+        ([[0.0]], 'list'),
+        (pil('L').convert('F'), 'F'),
+    ],
+)
 def test_bad_images_are_named(backbone, bad, says):
-    with pytest.raises(ValueError, match=f'image 1: .*{says}'): FewShotClassifier(backbone).fit([pil(), bad], ['a', 'b'])
+    with pytest.raises(ValueError, match=f'image 1: .*{says}'):
+        FewShotClassifier(backbone).fit([pil(), bad], ['a', 'b'])
+
 
 def test_bad_files_are_named(backbone, tmp_path):
-    (tmp_path/'text.png').write_text('no image')
-    Image.fromarray(np.moveaxis(noise(1, 90)[0].numpy(), 0, -1)).save(tmp_path/'whole.png')
-    (tmp_path/'cut.png').write_bytes((tmp_path/'whole.png').read_bytes()[:-2000])
+    (tmp_path / 'text.png').write_text('no image')
+    Image.fromarray(np.moveaxis(noise(1, 90)[0].numpy(), 0, -1)).save(tmp_path / 'whole.png')
+    (tmp_path / 'cut.png').write_bytes((tmp_path / 'whole.png').read_bytes()[:-2000])
     model = FewShotClassifier(backbone).fit([pil()], [0])
     for name in ('text.png', 'cut.png'):
-        with pytest.raises(ValueError, match=f'image 0: .*{name}'): model.predict(tmp_path/name)
-    with pytest.raises(ValueError, match='cannot be made RGB'): model.predict(Image.open(tmp_path/'cut.png'))
-    with pytest.raises(FileNotFoundError, match='image 0'): model.predict(str(tmp_path/'none.png'))
+        with pytest.raises(ValueError, match=f'image 0: .*{name}'):
+            model.predict(tmp_path / name)
+    with pytest.raises(ValueError, match='cannot be made RGB'):
+        model.predict(Image.open(tmp_path / 'cut.png'))
+    with pytest.raises(FileNotFoundError, match='image 0'):
+        model.predict(str(tmp_path / 'none.png'))
 
-@pytest.mark.parametrize('images', [3., None, {'a': 1}, {1}])
+
+@pytest.mark.parametrize('images', [3.0, None, {'a': 1}, {1}])
 def test_what_is_no_list_of_images(backbone, images):
-    with pytest.raises(ValueError, match='images is a'): FewShotClassifier(backbone).fit(images, ['a'])
+    with pytest.raises(ValueError, match='images is a'):
+        FewShotClassifier(backbone).fit(images, ['a'])
+
 
 def test_one_image_at_a_time(backbone, tmp_path):
     images = noise(6)
     model = FewShotClassifier(backbone)
-    for i, image in enumerate(images): model.partial_fit(image, [i % 3])
-    whole = FewShotClassifier(backbone).fit(images, [0, 1, 2]*2)
+    for i, image in enumerate(images):
+        model.partial_fit(image, [i % 3])
+    whole = FewShotClassifier(backbone).fit(images, [0, 1, 2] * 2)
     np.testing.assert_allclose(model.prototypes_, whole.prototypes_, atol=1e-5)
     array = np.moveaxis(images.numpy(), 1, -1)
-    Image.fromarray(array[0]).save(tmp_path/'a.png')
-    for one in (images[0], array[0], Image.fromarray(array[0]), tmp_path/'a.png', str(tmp_path/'a.png'), [images[0]], images[:1], array[:1], iter([images[0]])):
+    Image.fromarray(array[0]).save(tmp_path / 'a.png')
+    for one in (
+        images[0],
+        array[0],
+        Image.fromarray(array[0]),
+        tmp_path / 'a.png',
+        str(tmp_path / 'a.png'),
+        [images[0]],
+        images[:1],
+        array[:1],
+        iter([images[0]]),
+    ):
         assert model.predict(one).tolist() == whole.predict(images)[:1].tolist()
     assert model.predict_proba(images[0]).shape == (1, 3)
 
+
 def test_mixed_forms_and_sizes_in_one_list(backbone, tmp_path):
-    pil(size=(30, 9)).save(tmp_path/'a.png')
-    mixed = [tmp_path/'a.png', pil('CMYK', (5, 70)), np.zeros((4, 4), np.uint8), torch.zeros(3, 11, 2)]
+    pil(size=(30, 9)).save(tmp_path / 'a.png')
+    mixed = [
+        tmp_path / 'a.png',
+        pil('CMYK', (5, 70)),
+        np.zeros((4, 4), np.uint8),
+        torch.zeros(3, 11, 2),
+    ]
     assert FewShotClassifier(backbone, batch=3).fit(mixed, range(4)).prototypes_.shape == (4, 12)
 
 
 # labels
+
 
 def kinds():
     yield ['b', 'a', 'c'], ['a', 'b', 'c'], 'U'
@@ -187,82 +340,152 @@ def kinds():
     yield [torch.tensor(3), torch.tensor(1), np.int64(2)], [1, 2, 3], 'i'
     yield pd.Series(['b', 'a', 'c'], index=[7, 8, 9]), ['a', 'b', 'c'], 'U'
     yield [True, False, True], [False, True], 'b'
-    yield [2.5, .5, 1.5], [.5, 1.5, 2.5], 'f'
+    yield [2.5, 0.5, 1.5], [0.5, 1.5, 2.5], 'f'
     yield [('b', 1), ('a', 2), ('c', 3)], [('a', 2), ('b', 1), ('c', 3)], 'O'
     yield ['b', 2, None], ['b', 2, None], 'O'
-    yield [frozenset('b'), frozenset('a'), frozenset('ab')], [frozenset('b'), frozenset('a'), frozenset('ab')], 'O'
+    yield (
+        [frozenset('b'), frozenset('a'), frozenset('ab')],
+        [frozenset('b'), frozenset('a'), frozenset('ab')],
+        'O',
+    )
     yield [b'y', b'x', b'z'], [b'x', b'y', b'z'], 'O'
     yield [10**30, 1, 2], [1, 2, 10**30], 'O'
     yield ['a\0', 'a', 'b'], ['a', 'a\0', 'b'], 'O'
+
 
 @pytest.mark.parametrize('labels, classes, kind', list(kinds()))
 def test_labels_of_any_hashable_type(backbone, labels, classes, kind):
     images = noise(3)
     model = FewShotClassifier(backbone).fit(images, labels)
-    assert model.classes_.tolist() == classes and [type(c) for c in model.classes_.tolist()] == [type(c) for c in classes] and model.classes_.dtype.kind == kind
-    if len(classes) == 3: assert model.score(images, labels) == 1 and [model.predict(i)[0] for i in images] == [x.item() if hasattr(x, 'item') else x for x in labels]
+    assert (
+        model.classes_.tolist() == classes
+        and [type(c) for c in model.classes_.tolist()] == [type(c) for c in classes]
+        and model.classes_.dtype.kind == kind
+    )
+    if len(classes) == 3:
+        assert model.score(images, labels) == 1 and [model.predict(i)[0] for i in images] == [
+            x.item() if hasattr(x, 'item') else x for x in labels
+        ]
 
-@pytest.mark.parametrize('labels, says', [(None, 'y'), ('ab', 'one label for each image'), (5, 'one label'), ([['a'], ['b']], 'not hashable'), ([{}, 1], 'not hashable'), (['a'], '2 images but 1 labels'),
-                                          (['a', 'b', 'c'], '2 images but 3 labels'), ([float('nan'), 1.], 'NaN'), ([float('inf'), 1.], 'NaN'), (torch.zeros(2, 2), 'not hashable'), ([], 'labels')])
+
+@pytest.mark.parametrize(
+    'labels, says',
+    [
+        (None, 'y'),
+        ('ab', 'one label for each image'),
+        (5, 'one label'),
+        ([['a'], ['b']], 'not hashable'),
+        ([{}, 1], 'not hashable'),
+        (['a'], '2 images but 1 labels'),
+        (['a', 'b', 'c'], '2 images but 3 labels'),
+        ([float('nan'), 1.0], 'NaN'),
+        ([float('inf'), 1.0], 'NaN'),
+        (torch.zeros(2, 2), 'not hashable'),
+        ([], 'labels'),
+    ],
+)
 def test_bad_labels(backbone, labels, says):
-    with pytest.raises(ValueError, match=says): FewShotClassifier(backbone).fit(noise(2), labels)
+    with pytest.raises(ValueError, match=says):
+        FewShotClassifier(backbone).fit(noise(2), labels)
+
 
 def test_empty_support_and_empty_queries(backbone):
     for images in ([], noise(2)[:0], np.zeros((0, 8, 8, 3))):
-        with pytest.raises(ValueError, match='support is empty'): FewShotClassifier(backbone).fit(images, [])
-    with pytest.raises(ValueError, match='at least one'): FewShotClassifier(backbone).fit(noise(1), [0]).predict([])
+        with pytest.raises(ValueError, match='support is empty'):
+            FewShotClassifier(backbone).fit(images, [])
+    with pytest.raises(ValueError, match='at least one'):
+        FewShotClassifier(backbone).fit(noise(1), [0]).predict([])
+
 
 def test_one_class_and_one_image(backbone):
     model = FewShotClassifier(backbone).fit(noise(1), ['only'])
-    assert model.predict(noise(4)).tolist() == ['only']*4 and (model.predict_proba(noise(4)) == 1).all()
+    assert (
+        model.predict(noise(4)).tolist() == ['only'] * 4
+        and (model.predict_proba(noise(4)) == 1).all()
+    )
 
 
 # what is computed
 
+
 def test_prototypes_probabilities_and_predictions_by_hand(backbone, lora):
-    images, labels = noise(9), np.array(list('abc')*3)
-    model = FewShotClassifier(backbone, lora, temperature=2.).fit(images, labels)
+    images, labels = noise(9), np.array(list('abc') * 3)
+    model = FewShotClassifier(backbone, lora, temperature=2.0).fit(images, labels)
     features = embed(backbone, images, lora)
     prototypes = torch.stack([features[torch.from_numpy(labels == c)].mean(0) for c in 'abc'])
     np.testing.assert_allclose(model.prototypes_, prototypes, atol=1e-5)
     queries = noise(20, seed=1)
     d = torch.cdist(embed(backbone, queries, lora), prototypes).square()
-    np.testing.assert_allclose(model.predict_proba(queries), (-d/2).softmax(1), atol=1e-4)
+    np.testing.assert_allclose(model.predict_proba(queries), (-d / 2).softmax(1), atol=1e-4)
     assert (model.predict(queries) == np.array(list('abc'))[d.argmin(1)]).all()
-    assert not np.allclose(FewShotClassifier(backbone).fit(images, labels).prototypes_, model.prototypes_)      # the LoRA counts
+    assert not np.allclose(
+        FewShotClassifier(backbone).fit(images, labels).prototypes_, model.prototypes_
+    )  # the LoRA counts
+
 
 def test_same_answers_as_the_tables(backbone, lora):
     images = noise(20)
     at = torch.randperm(20, generator=generator(0)).view(1, 4, 5)
     episodes = Episodes(at[..., :2], at[..., 2:], torch.arange(4)[None])
-    model = FewShotClassifier(backbone, lora).fit(images[episodes.support.flatten()], np.repeat(range(4), 2))
-    assert model.predict(images[episodes.query.flatten()]).tolist() == nearest_prototype(embed(backbone, images, lora), episodes).flatten().tolist()
+    model = FewShotClassifier(backbone, lora).fit(
+        images[episodes.support.flatten()], np.repeat(range(4), 2)
+    )
+    assert (
+        model.predict(images[episodes.query.flatten()]).tolist()
+        == nearest_prototype(embed(backbone, images, lora), episodes).flatten().tolist()
+    )
+
 
 def test_distances_do_not_cancel():
     q = torch.randn(5, 8, generator=generator(1))
-    torch.testing.assert_close(squared_distances(q+1000, q+1000).diagonal(), torch.zeros(5).double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        squared_distances(q + 1000, q + 1000).diagonal(), torch.zeros(5).double(), atol=1e-6, rtol=0
+    )
 
-@pytest.mark.parametrize('temperature', [0, -1., float('nan'), float('inf'), 'warm', True, None])
+
+@pytest.mark.parametrize('temperature', [0, -1.0, float('nan'), float('inf'), 'warm', True, None])
 def test_bad_temperature(backbone, temperature):
-    with pytest.raises(ValueError, match='temperature'): FewShotClassifier(backbone, temperature=temperature).fit(noise(1), [0])
+    with pytest.raises(ValueError, match='temperature'):
+        FewShotClassifier(backbone, temperature=temperature).fit(noise(1), [0])
+
 
 def test_a_broken_lora_is_found_out(backbone, lora):
-    with pytest.raises(ValueError, match='not finite'): FewShotClassifier(backbone, lora.map(lambda t: t*float('nan'))).fit(noise(2), [0, 1])
+    with pytest.raises(ValueError, match='not finite'):
+        FewShotClassifier(backbone, lora.map(lambda t: t * float('nan'))).fit(noise(2), [0, 1])
+
 
 def test_temperature_does_not_change_the_answer(backbone):
     images, queries = noise(5), noise(30, seed=3)
-    soft, hard = (FewShotClassifier(backbone, temperature=t).fit(images, range(5)) for t in (50., .01))
-    assert (soft.predict(queries) == hard.predict(queries)).all() and soft.predict_proba(queries).max() < hard.predict_proba(queries).min(1).max()+1
+    soft, hard = (
+        FewShotClassifier(backbone, temperature=t).fit(images, range(5)) for t in (50.0, 0.01)
+    )
+    assert (soft.predict(queries) == hard.predict(queries)).all() and soft.predict_proba(
+        queries
+    ).max() < hard.predict_proba(queries).min(1).max() + 1
 
-@pytest.mark.parametrize('bad, says', [(tiny_market(2), 'market of 2'), (new_lora(2, 32), 'does not fit tiny'), (new_lora(3, 16), 'does not fit tiny'), ('lora', 'is a str')])
+
+@pytest.mark.parametrize(
+    'bad, says',
+    [
+        (tiny_market(2), 'market of 2'),
+        (new_lora(2, 32), 'does not fit tiny'),
+        (new_lora(3, 16), 'does not fit tiny'),
+        ('lora', 'is a str'),
+    ],
+)
 def test_wrong_meta_lora(backbone, bad, says):
-    with pytest.raises(ValueError, match=says): FewShotClassifier(backbone, bad).fit(noise(1), [0])
+    with pytest.raises(ValueError, match=says):
+        FewShotClassifier(backbone, bad).fit(noise(1), [0])
 
-@pytest.mark.parametrize('labels', [list('abcab')*4, [2, 'x', None, ('t',)]*5, [True, False]*10])
+
+@pytest.mark.parametrize(
+    'labels', [list('abcab') * 4, [2, 'x', None, ('t',)] * 5, [True, False] * 10]
+)
 def test_partial_fit_equals_fit_on_everything(backbone, labels):
     images, order = noise(20), torch.randperm(20, generator=generator(4)).tolist()
     whole, parts = FewShotClassifier(backbone).fit(images, labels), FewShotClassifier(backbone)
-    for rows in (order[:1], order[1:4], order[4:]): parts.partial_fit(images[rows], [labels[r] for r in rows])
+    for rows in (order[:1], order[1:4], order[4:]):
+        parts.partial_fit(images[rows], [labels[r] for r in rows])
     again = parts.classes_.tolist()
     rows = [again.index(c) for c in whole.classes_.tolist()]
     np.testing.assert_allclose(parts.prototypes_[rows], whole.prototypes_, atol=1e-5)
@@ -270,209 +493,374 @@ def test_partial_fit_equals_fit_on_everything(backbone, labels):
     queries = noise(30, seed=9)
     assert parts.predict(queries).tolist() == whole.predict(queries).tolist()
 
+
 def test_a_failed_partial_fit_learns_nothing(backbone):
     model = FewShotClassifier(backbone).fit(noise(2), ['a', 'b'])
     before = digest(model.prototypes_, model.sums_, model.counts_)
     for images, labels in (([pil(), None], ['a', 'c']), (noise(2), ['c']), (noise(1), [[]])):
-        with pytest.raises(ValueError): model.partial_fit(images, labels)
-    assert digest(model.prototypes_, model.sums_, model.counts_) == before and model.classes_.tolist() == ['a', 'b']
-    assert model.fit(noise(1), ['z']).classes_.tolist() == ['z']             # fit forgets
+        with pytest.raises(ValueError):
+            model.partial_fit(images, labels)
+    assert digest(
+        model.prototypes_, model.sums_, model.counts_
+    ) == before and model.classes_.tolist() == ['a', 'b']
+    assert model.fit(noise(1), ['z']).classes_.tolist() == ['z']  # fit forgets
+
 
 def test_ten_thousand_classes(backbone, tmp_path):
     images = noise(10_000)
-    model = FewShotClassifier(backbone, batch=512).fit(images, [f'class {i}' for i in range(10_000)])
+    model = FewShotClassifier(backbone, batch=512).fit(
+        images, [f'class {i}' for i in range(10_000)]
+    )
     some = slice(0, 10_000, 37)
-    assert np.mean(model.predict(images[some]) == [f'class {i}' for i in range(10_000)][some]) > .99
+    assert (
+        np.mean(model.predict(images[some]) == [f'class {i}' for i in range(10_000)][some]) > 0.99
+    )
     p = model.predict_proba(images[some])
     assert p.shape == (271, 10_000) and np.allclose(p.sum(1), 1)
-    assert FewShotClassifier.load(model.save(tmp_path/'many'), backbone).predict(images[:3]).tolist() == ['class 0', 'class 1', 'class 2']
+    assert FewShotClassifier.load(model.save(tmp_path / 'many'), backbone).predict(
+        images[:3]
+    ).tolist() == ['class 0', 'class 1', 'class 2']
 
 
 # on disk
 
+
 @pytest.fixture()
-def saved(backbone, lora, tmp_path): return FewShotClassifier(backbone, lora, temperature=3.).fit(noise(6), ['a', 'b', 'ü']*2).save(tmp_path/'saved')
+def saved(backbone, lora, tmp_path):
+    return (
+        FewShotClassifier(backbone, lora, temperature=3.0)
+        .fit(noise(6), ['a', 'b', 'ü'] * 2)
+        .save(tmp_path / 'saved')
+    )
+
 
 def test_saved_and_loaded(backbone, lora, saved):
     assert sorted(p.name for p in saved.iterdir()) == ['classifier.json', 'classifier.safetensors']
-    model = FewShotClassifier(backbone, lora, temperature=3.).fit(noise(6), ['a', 'b', 'ü']*2)
+    model = FewShotClassifier(backbone, lora, temperature=3.0).fit(noise(6), ['a', 'b', 'ü'] * 2)
     back, queries = FewShotClassifier.load(saved, backbone), noise(20, seed=2)
-    assert (back.predict(queries) == model.predict(queries)).all() and back.temperature == 3.
+    assert (back.predict(queries) == model.predict(queries)).all() and back.temperature == 3.0
     np.testing.assert_array_equal(back.predict_proba(queries), model.predict_proba(queries))
-    for m in (back, model): m.partial_fit(noise(4, seed=5), ['a', 'new', 'new', 'b'])
+    for m in (back, model):
+        m.partial_fit(noise(4, seed=5), ['a', 'new', 'new', 'b'])
     np.testing.assert_allclose(back.prototypes_, model.prototypes_, atol=1e-5)
-    with pytest.raises(ValueError, match='not empty'): model.save(saved)
+    with pytest.raises(ValueError, match='not empty'):
+        model.save(saved)
 
-@pytest.mark.parametrize('labels', [['a', 1.5, 2, False, None], [10, -3, 7, 2, 0], [1.5, 2., 3., 4., 5.]])
+
+@pytest.mark.parametrize(
+    'labels', [['a', 1.5, 2, False, None], [10, -3, 7, 2, 0], [1.5, 2.0, 3.0, 4.0, 5.0]]
+)
 def test_labels_come_back_with_their_types(backbone, tmp_path, labels):
     model = FewShotClassifier(backbone).fit(noise(5), labels)
-    found = FewShotClassifier.load(model.save(tmp_path/'x'), backbone).classes_.tolist()
-    assert found == model.classes_.tolist() and [type(c) for c in found] == [type(c) for c in model.classes_.tolist()]
+    found = FewShotClassifier.load(model.save(tmp_path / 'x'), backbone).classes_.tolist()
+    assert found == model.classes_.tolist() and [type(c) for c in found] == [
+        type(c) for c in model.classes_.tolist()
+    ]
+
 
 @pytest.mark.parametrize('label', [('a', 1), b'a', frozenset('a'), 10**30, '\ud800', Path('a')])
 def test_labels_that_json_cannot_hold_are_refused(backbone, tmp_path, label):
-    with pytest.raises(ValueError, match='classes_ cannot be saved'): FewShotClassifier(backbone).fit(noise(1), [label]).save(tmp_path/'x')
-    assert not list(tmp_path.iterdir())                                     # nothing is left half-way
+    with pytest.raises(ValueError, match='classes_ cannot be saved'):
+        FewShotClassifier(backbone).fit(noise(1), [label]).save(tmp_path / 'x')
+    assert not list(tmp_path.iterdir())  # nothing is left half-way
+
 
 def test_another_backbone_is_refused(saved):
-    with pytest.raises(ValueError, match='was made for the backbone'): FewShotClassifier.load(saved, tiny(1))
+    with pytest.raises(ValueError, match='was made for the backbone'):
+        FewShotClassifier.load(saved, tiny(1))
+
 
 def test_missing_files(backbone, saved):
-    with pytest.raises(FileNotFoundError): FewShotClassifier.load(saved/'none', backbone)
-    (saved/'classifier.safetensors').unlink()
-    with pytest.raises(FileNotFoundError): FewShotClassifier.load(saved, backbone)
+    with pytest.raises(FileNotFoundError):
+        FewShotClassifier.load(saved / 'none', backbone)
+    (saved / 'classifier.safetensors').unlink()
+    with pytest.raises(FileNotFoundError):
+        FewShotClassifier.load(saved, backbone)
+
 
 def test_damaged_weights_are_refused(backbone, saved):
-    path = saved/'classifier.safetensors'
+    path = saved / 'classifier.safetensors'
     whole, gen = path.read_bytes(), np.random.default_rng(0)
     for i in range(150):
         at = int(gen.integers(len(whole)))
-        path.write_bytes(whole[:at] if i % 3 == 0 else whole[:at]+bytes([whole[at] ^ (1 << i % 8)])+whole[at+1:])
-        with pytest.raises(ValueError): FewShotClassifier.load(saved, backbone)
+        path.write_bytes(
+            whole[:at]
+            if i % 3 == 0
+            else whole[:at] + bytes([whole[at] ^ (1 << i % 8)]) + whole[at + 1 :]
+        )
+        with pytest.raises(ValueError):
+            FewShotClassifier.load(saved, backbone)
+
 
 def test_damaged_json_is_refused_or_harmless(backbone, saved):
-    path = saved/'classifier.json'
+    path = saved / 'classifier.json'
     found = json.loads(path.read_text())
-    for key, value in [('format', 'x'), ('classes', ['a', 'b']), ('classes', ['a', 'a', 'b']), ('classes', [['a'], 'b', 'c']), ('classes', 'abc'), ('classes', []), ('files', {}), ('files', []),
-                       ('files', {'classifier.safetensors': {}}), ('backbone', None), ('backbone', {}), ('temperature', 'x'), ('temperature', None)]:
+    for key, value in [
+        ('format', 'x'),
+        ('classes', ['a', 'b']),
+        ('classes', ['a', 'a', 'b']),
+        ('classes', [['a'], 'b', 'c']),
+        ('classes', 'abc'),
+        ('classes', []),
+        ('files', {}),
+        ('files', []),
+        ('files', {'classifier.safetensors': {}}),
+        ('backbone', None),
+        ('backbone', {}),
+        ('temperature', 'x'),
+        ('temperature', None),
+    ]:
         path.write_text(json.dumps(found | {key: value}))
-        with pytest.raises(ValueError): FewShotClassifier.load(saved, backbone)
+        with pytest.raises(ValueError):
+            FewShotClassifier.load(saved, backbone)
     whole, gen = json.dumps(found).encode(), np.random.default_rng(1)
     for _ in range(150):
         at = int(gen.integers(len(whole)))
-        path.write_bytes(whole[:at]+gen.integers(256, size=1).astype(np.uint8).tobytes()+whole[at+1:])
-        try: FewShotClassifier.load(saved, backbone)
-        except ValueError: pass
+        path.write_bytes(
+            whole[:at] + gen.integers(256, size=1).astype(np.uint8).tobytes() + whole[at + 1 :]
+        )
+        try:
+            FewShotClassifier.load(saved, backbone)
+        except ValueError:
+            pass
 
 
 # recycling
 
+
 def test_recycled_parts_fit(backbone, recycled):
     r = recycled
-    assert r.lora.rank == 2 and r.lora.size is None and r.images.shape == (3, 5, 4, 3, SIDE, SIDE) and r.held.shape == (3, 5, 4, 3, SIDE, SIDE) and r.curve.shape == (3, 4)
+    assert (
+        r.lora.rank == 2
+        and r.lora.size is None
+        and r.images.shape == (3, 5, 4, 3, SIDE, SIDE)
+        and r.held.shape == (3, 5, 4, 3, SIDE, SIDE)
+        and r.curve.shape == (3, 4)
+    )
     assert r.images.dtype == torch.uint8 and len(r.report['teacher_accuracy']) == 3
-    assert [s['method'] for s in r.report['scores']] == ['plain backbone', 'average of the LoRAs', 'meta-LoRA']
+    assert [s['method'] for s in r.report['scores']] == [
+        'plain backbone',
+        'average of the LoRAs',
+        'meta-LoRA',
+    ]
     assert json.loads(json.dumps(r.report)) == r.report
     assert len(recycled_figure(r).axes) == 3
 
+
 def test_recycling_repeats_itself_and_heeds_the_seed(backbone, recycled):
-    again, other = recycle(backbone, tiny_market(3), **QUICK), recycle(backbone, tiny_market(3), seed=1, **QUICK)
-    assert digest(again.lora.tensors(), again.images, again.report['scores']) == digest(recycled.lora.tensors(), recycled.images, recycled.report['scores'])
+    again, other = (
+        recycle(backbone, tiny_market(3), **QUICK),
+        recycle(backbone, tiny_market(3), seed=1, **QUICK),
+    )
+    assert digest(again.lora.tensors(), again.images, again.report['scores']) == digest(
+        recycled.lora.tensors(), recycled.images, recycled.report['scores']
+    )
     assert digest(other.images) != digest(recycled.images)
 
+
 def test_held_out_images_are_not_trained_on(backbone, recycled, monkeypatch):
-    import lora_recycle.classifier as module
+    import lora_recycle.use.classifier as module
+
     seen, real = [], module.distill
-    monkeypatch.setattr(module, 'distill', lambda b, m, images, *rest: (seen.append(images), real(b, m, images, *rest))[1])
+    monkeypatch.setattr(
+        module,
+        'distill',
+        lambda b, m, images, *rest: (seen.append(images), real(b, m, images, *rest))[1],
+    )
     again = recycle(backbone, tiny_market(3), **QUICK)
     assert torch.equal(seen[0], again.images)
     trained = {digest(i) for i in again.images.flatten(0, 2)}
     assert not trained & {digest(i) for i in again.held.flatten(0, 2)}
 
+
 def test_a_stopped_run_goes_on(backbone, recycled, tmp_path, monkeypatch):
-    import lora_recycle.classifier as module
+    import lora_recycle.use.classifier as module
+
     calls, real = [], module.invert
+
     def stopping(*args):
         calls.append(1)
-        if len(calls) == 3: raise KeyboardInterrupt
+        if len(calls) == 3:
+            raise KeyboardInterrupt
         return real(*args)
+
     monkeypatch.setattr(module, 'invert', stopping)
     run = lambda: recycle(backbone, tiny_market(3), cache_dir=tmp_path, chunk=1, **QUICK)
-    with pytest.raises(KeyboardInterrupt): run()
+    with pytest.raises(KeyboardInterrupt):
+        run()
     first = run()
-    assert len(calls) == 4                                                  # two done, one stopped, only this one again
+    assert len(calls) == 4  # two done, one stopped, only this one again
     monkeypatch.setattr(module, 'distill', None)
     assert digest(run().lora.tensors()) == digest(first.lora.tensors()) and len(calls) == 4
     monkeypatch.undo()
-    assert digest(recycle(backbone, tiny_market(3), chunk=1, **QUICK).lora.tensors()) == digest(first.lora.tensors())      # and as without a cache
+    assert digest(recycle(backbone, tiny_market(3), chunk=1, **QUICK).lora.tensors()) == digest(
+        first.lora.tensors()
+    )  # and as without a cache
+
 
 def test_terms_without_priors_are_switched_off_and_said_so(backbone):
-    with pytest.warns(UserWarning) as said: config, prior, stats, notes = inversion_terms(backbone, InvertConfig(alpha_tokens=1.))
-    assert (config.alpha_bn, config.alpha_tokens, prior, stats) == (0., 0., None, None) and len(notes) == 2
-    assert 'pass prior=' in notes[0] and 'pass stats=' in notes[1] and [str(w.message) for w in said] == notes
+    with pytest.warns(UserWarning) as said:
+        config, prior, stats, notes = inversion_terms(backbone, InvertConfig(alpha_tokens=1.0))
+    assert (config.alpha_bn, config.alpha_tokens, prior, stats) == (0.0, 0.0, None, None) and len(
+        notes
+    ) == 2
+    assert (
+        'pass prior=' in notes[0]
+        and 'pass stats=' in notes[1]
+        and [str(w.message) for w in said] == notes
+    )
     own = torch.ones(2, 2, 5, 16)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        config, _, stats, notes = inversion_terms(backbone, InvertConfig(alpha_bn=0., alpha_tokens=1.), stats=own)
-    assert config.alpha_tokens == 1. and stats is own and not notes
-    with pytest.raises(ValueError, match='do not fit'): inversion_terms(backbone, InvertConfig(), stats=own[:1])
+        config, _, stats, notes = inversion_terms(
+            backbone, InvertConfig(alpha_bn=0.0, alpha_tokens=1.0), stats=own
+        )
+    assert config.alpha_tokens == 1.0 and stats is own and not notes
+    with pytest.raises(ValueError, match='do not fit'):
+        inversion_terms(backbone, InvertConfig(), stats=own[:1])
+
 
 def test_heads_of_fewer_classes_and_five_shots(backbone):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         found = recycle(backbone, tiny_market(2, ways=3), scale='smoke', shot=5, n_tasks=3)
-    assert found.report['distill']['way'] == 3 and found.report['distill']['shot'] == 5 
+    assert found.report['distill']['way'] == 3 and found.report['distill']['shot'] == 5
     assert len(found.report['notes']) == 3 and 'drawn letters' in found.report['notes'][2]
 
-@pytest.mark.parametrize('change, says', [
-    (dict(market=tiny_market(2)[0]), 'single LoRA'), (dict(market=LoRA(*vars(average_products(tiny_market(2))).values())), 'single LoRA'), (dict(market='x'), 'not LoRAs'),
-    (dict(market=stack_loras([new_lora(2, 16)]*2)), 'no heads'), (dict(market=tiny_market(2).map(lambda t: t*float('nan'))), 'NaN'),
-    (dict(market=replace(tiny_market(2), W=torch.zeros(2, 9, 5))), 'heads'), (dict(scale='huge'), 'scale'), (dict(shot=0), 'shot'), (dict(chunk=0), 'chunk'),
-    (dict(held_out=1), 'held_out'), (dict(invert_config=InvertConfig(steps=1, per_class=1)), 'per_class'), (dict(seed=-1), 'seed'),
-    (dict(distill_config=DistillConfig(way=6, steps=1)), 'way=6|per_class')])
+
+@pytest.mark.parametrize(
+    'change, says',
+    [
+        (dict(market=tiny_market(2)[0]), 'single LoRA'),
+        (dict(market=LoRA(*vars(average_products(tiny_market(2))).values())), 'single LoRA'),
+        (dict(market='x'), 'not LoRAs'),
+        (dict(market=stack_loras([new_lora(2, 16)] * 2)), 'no heads'),
+        (dict(market=tiny_market(2).map(lambda t: t * float('nan'))), 'NaN'),
+        (dict(market=replace(tiny_market(2), W=torch.zeros(2, 9, 5))), 'heads'),
+        (dict(scale='huge'), 'scale'),
+        (dict(shot=0), 'shot'),
+        (dict(chunk=0), 'chunk'),
+        (dict(held_out=1), 'held_out'),
+        (dict(invert_config=InvertConfig(steps=1, per_class=1)), 'per_class'),
+        (dict(seed=-1), 'seed'),
+        (dict(distill_config=DistillConfig(way=6, steps=1)), 'way=6|per_class'),
+    ],
+)
 def test_bad_requests_are_refused_early(backbone, change, says):
-    with pytest.raises(ValueError, match=says): recycle(backbone, **(dict(market=tiny_market(2)) | QUICK | change))
+    with pytest.raises(ValueError, match=says):
+        recycle(backbone, **(dict(market=tiny_market(2)) | QUICK | change))
+
 
 def test_synthetic_scores_find_what_is_planted(backbone):
-    images = noise(5)[None, :, None].expand(1, 5, 6, 3, SIDE, SIDE)         # every image of a class is the same
+    images = noise(5)[None, :, None].expand(
+        1, 5, 6, 3, SIDE, SIDE
+    )  # every image of a class is the same
     assert synthetic_scores(backbone, {'plain': None}, images, n_tasks=3)[0]['accuracy'] == 100
-    blank = synthetic_scores(backbone, {'plain': None}, torch.zeros(1, 5, 6, 3, SIDE, SIDE, dtype=torch.uint8), n_tasks=10)[0]
-    assert abs(blank['accuracy']-20) < 10
+    blank = synthetic_scores(
+        backbone,
+        {'plain': None},
+        torch.zeros(1, 5, 6, 3, SIDE, SIDE, dtype=torch.uint8),
+        n_tasks=10,
+    )[0]
+    assert abs(blank['accuracy'] - 20) < 10
 
 
 # sharing
 
+
 def test_meta_lora_is_shared_whole(backbone, recycled, tmp_path):
-    meta = save_meta_lora(tmp_path/'meta', recycled, 'someone/tiny-clip', 'tiny meta', 'mit')
-    lora, found = load_meta_lora(tmp_path/'meta', backbone)
+    meta = save_meta_lora(tmp_path / 'meta', recycled, 'someone/tiny-clip', 'tiny meta', 'mit')
+    lora, found = load_meta_lora(tmp_path / 'meta', backbone)
     assert digest(lora.tensors()) == digest(recycled.lora.tensors()) and found == meta
-    assert found['market']['digest'] == digest(tiny_market(3).tensors()) and found['backbone'] == dict(name='tiny', digest=backbone.digest)
-    assert found['invert']['steps'] == 2 and found['distill']['rank'] == 2 and found['environment']['versions']['torch'] and len(found['scores']) == 3
-    assert torch.equal(read_adapter(tmp_path/'meta', 2, 16).lora.A, lora.A)                  # and any reader of PEFT adapters
+    assert found['market']['digest'] == digest(tiny_market(3).tensors()) and found[
+        'backbone'
+    ] == dict(name='tiny', digest=backbone.digest)
+    assert (
+        found['invert']['steps'] == 2
+        and found['distill']['rank'] == 2
+        and found['environment']['versions']['torch']
+        and len(found['scores']) == 3
+    )
+    assert torch.equal(
+        read_adapter(tmp_path / 'meta', 2, 16).lora.A, lora.A
+    )  # and any reader of PEFT adapters
     assert not list(tmp_path.glob('.tmp*'))
-    with pytest.raises(ValueError, match='not empty'): save_meta_lora(tmp_path/'meta', recycled)
-    with pytest.raises(ValueError, match='was made for'): load_meta_lora(tmp_path/'meta', tiny(2))
+    with pytest.raises(ValueError, match='not empty'):
+        save_meta_lora(tmp_path / 'meta', recycled)
+    with pytest.raises(ValueError, match='was made for'):
+        load_meta_lora(tmp_path / 'meta', tiny(2))
+
 
 def test_the_card_has_what_hubs_read(recycled, tmp_path):
     yaml = pytest.importorskip('yaml')
-    save_meta_lora(tmp_path/'meta', recycled, 'someone/tiny-clip', licence='mit')
-    page = (tmp_path/'meta/README.md').read_text()
+    save_meta_lora(tmp_path / 'meta', recycled, 'someone/tiny-clip', licence='mit')
+    page = (tmp_path / 'meta/README.md').read_text()
     front = yaml.safe_load(re.match(r'---\n(.*?)\n---\n', page, re.DOTALL)[1])
-    assert front['base_model'] == 'someone/tiny-clip' and front['library_name'] == 'peft' and front['license'] == 'mit'
+    assert (
+        front['base_model'] == 'someone/tiny-clip'
+        and front['library_name'] == 'peft'
+        and front['license'] == 'mit'
+    )
     result = front['model-index'][0]['results'][0]
-    assert result['metrics'][0]['value'] == recycled.report['scores'][2]['accuracy'] and 'inverted' in result['dataset']['name']
-    assert recycled.report['market']['digest'] in page and 'no estimate of the accuracy on photos' in page
+    assert (
+        result['metrics'][0]['value'] == recycled.report['scores'][2]['accuracy']
+        and 'inverted' in result['dataset']['name']
+    )
+    assert (
+        recycled.report['market']['digest'] in page
+        and 'no estimate of the accuracy on photos' in page
+    )
+
 
 def test_damaged_meta_loras_are_refused(backbone, recycled, tmp_path):
-    folder = tmp_path/'meta'
+    folder = tmp_path / 'meta'
     save_meta_lora(folder, recycled)
     gen = np.random.default_rng(0)
     for name in ('adapter_model.safetensors', 'adapter_config.json'):
-        whole = (folder/name).read_bytes()
+        whole = (folder / name).read_bytes()
         for _ in range(60):
             at = int(gen.integers(len(whole)))
-            (folder/name).write_bytes(whole[:at]+bytes([whole[at] ^ 1])+whole[at+1:])
-            with pytest.raises(ValueError): load_meta_lora(folder, backbone)
-        (folder/name).write_bytes(whole)
-    found = json.loads((folder/'meta.json').read_text())
+            (folder / name).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            with pytest.raises(ValueError):
+                load_meta_lora(folder, backbone)
+        (folder / name).write_bytes(whole)
+    found = json.loads((folder / 'meta.json').read_text())
     for change in (dict(format=1), dict(files={}), dict(files=None), dict(backbone='x')):
-        (folder/'meta.json').write_text(json.dumps(found | change))
-        with pytest.raises(ValueError): load_meta_lora(folder, backbone)
-    (folder/'meta.json').unlink()
-    with pytest.raises(FileNotFoundError): load_meta_lora(folder, backbone)
+        (folder / 'meta.json').write_text(json.dumps(found | change))
+        with pytest.raises(ValueError):
+            load_meta_lora(folder, backbone)
+    (folder / 'meta.json').unlink()
+    with pytest.raises(FileNotFoundError):
+        load_meta_lora(folder, backbone)
+
 
 def test_a_failed_save_leaves_nothing(recycled, tmp_path):
-    with pytest.raises(ValueError): save_meta_lora(tmp_path/'meta', recycled, 'two\nlines')
+    with pytest.raises(ValueError):
+        save_meta_lora(tmp_path / 'meta', recycled, 'two\nlines')
     assert not list(tmp_path.iterdir())
 
 
 def test_ten_lines_of_the_readme(tmp_path):
     "The block runs as it stands, in a folder without the repository, and names most of the digits"
-    page = (ROOT/'README.md').read_text(encoding='utf-8')
-    block = next((b for b in re.findall(r'```python\n(.*?)```', page, re.DOTALL) if 'FewShotClassifier' in b), None)
-    if block is None: pytest.skip('README.md has no such block yet')
+    page = (ROOT / 'README.md').read_text(encoding='utf-8')
+    block = next(
+        (
+            b
+            for b in re.findall(r'```python\n(.*?)```', page, re.DOTALL)
+            if 'FewShotClassifier' in b
+        ),
+        None,
+    )
+    if block is None:
+        pytest.skip('README.md has no such block yet')
     assert sum(bool(line.strip()) for line in block.splitlines()) <= 10
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', block], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', block],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     named = [int(n) for n in re.findall(r'\d', done.stdout)]
     assert len(named) == 10 and sum(a == b for a, b in zip(named, range(10))) >= 5, done.stdout

@@ -1,4 +1,5 @@
 "Figures 7 to 9 through the real papermill command line, and the rival inversion of Figure 7 by itself."
+
 import json
 import subprocess
 import sys
@@ -11,24 +12,41 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_recycle.cmi import CmiConfig, contrastive_loss, invert_cmi, painter
+from lora_recycle.rivals.cmi import CmiConfig, contrastive_loss, invert_cmi, generator_net
 from lora_recycle.core import generator
-from lora_recycle.data import IN_DOMAIN
-from lora_recycle.inversion import InvertConfig
-from lora_recycle.lora import new_lora
-from lora_recycle.miniature import load_miniature
-from lora_recycle.results import TIME_COLUMNS, read_episodes, read_rows
+from lora_recycle.suite.images import IN_DOMAIN
+from lora_recycle.method.inversion import InvertConfig
+from lora_recycle.method.lora import new_lora
+from lora_recycle.suite.miniature import load_miniature
+from lora_recycle.bench.results import TIME_COLUMNS, read_episodes, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = ('real images (oracle)', 'without R_BN', 'without the token prior', 'without total variation', 'without any prior')
+WORDS = (
+    'real images (oracle)',
+    'without R_BN',
+    'without the token prior',
+    'without total variation',
+    'without any prior',
+)
 
 
 def papermill(folder, **parameters):
     "Run the notebook at smoke scale below `folder`: exit status and what it said"
-    values = dict(scale='smoke', out_dir=folder/'results', cache_dir=folder/'cache') | parameters
-    command = [sys.executable, '-m', 'papermill', 'nbs/figures.ipynb', str(folder/'out.ipynb'), '--no-progress-bar', *(w for k, v in values.items() for w in ('-p', k, str(v)))]
+    values = (
+        dict(scale='smoke', out_dir=folder / 'results', cache_dir=folder / 'cache') | parameters
+    )
+    command = [
+        sys.executable,
+        '-m',
+        'papermill',
+        'nbs/figures.ipynb',
+        str(folder / 'out.ipynb'),
+        '--no-progress-bar',
+        *(w for k, v in values.items() for w in ('-p', k, str(v))),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
-    return done.returncode, done.stdout+done.stderr
+    return done.returncode, done.stdout + done.stderr
+
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
@@ -38,47 +56,90 @@ def finished(tmp_path_factory):
     assert code == 0, said[-3000:]
     return folder
 
+
 @pytest.fixture(scope='module')
-def rows(finished): return read_rows(finished/'results'/'figures')
+def rows(finished):
+    return read_rows(finished / 'results' / 'figures')
+
 
 def cell(rows, table, metric, variant, method='LoRA Recycle'):
     "The one value of this metric"
-    found = rows[(rows['table'] == table) & (rows['metric'] == metric) & (rows['variant'] == variant) & (rows['method'] == method)]
+    found = rows[
+        (rows['table'] == table)
+        & (rows['metric'] == metric)
+        & (rows['variant'] == variant)
+        & (rows['method'] == method)
+    ]
     assert len(found) == 1, (table, metric, method, variant)
     return found['value'].item()
 
 
 def test_all_is_written(finished):
-    out = finished/'results'/'figures'
-    for n in (7, 8, 9): assert (out/f'figure{n}.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
-    record = json.loads((out/'run.json').read_text())
-    assert record['command'].startswith('papermill nbs/figures.ipynb') and record['environment']['versions']['torch']
+    out = finished / 'results' / 'figures'
+    for n in (7, 8, 9):
+        assert (out / f'figure{n}.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
+    record = json.loads((out / 'run.json').read_text())
+    assert (
+        record['command'].startswith('papermill nbs/figures.ipynb')
+        and record['environment']['versions']['torch']
+    )
+
 
 def test_rows_are_complete(rows):
     assert set(rows['table']) == {'figure7', 'figure8', 'figure9'} and rows['value'].notna().all()
-    by_themselves = {'teacher_accuracy', 'cross_entropy', 'r_bn', 'token_prior', 'total_variation', 'diversity', 'nearest_real_class'}
+    by_themselves = {
+        'teacher_accuracy',
+        'cross_entropy',
+        'r_bn',
+        'token_prior',
+        'total_variation',
+        'diversity',
+        'nearest_real_class',
+    }
     seven = rows[rows['table'] == 'figure7'].groupby(['method', 'variant'])['metric'].agg(set)
     timed = {'seconds_per_lora', 'seconds_per_lora_ratio'}
-    assert seven['CMI', 'start at zero'] == seven['LoRA Recycle', "start at zero, the paper's losses"] == by_themselves | timed | {'accuracy'}
-    assert seven['LoRA Recycle', 'start at zero, real images (oracle)'] == by_themselves | {'accuracy'} and seven['NN', ''] == {'accuracy'}
-    nine = rows[(rows['table'] == 'figure9') & (rows['method'] == 'LoRA Recycle')].groupby('variant')['metric'].agg(set)
-    assert set(nine.index) == {'start at zero', *(f'start at zero, {w}' for w in WORDS)} and all(m == by_themselves | {'accuracy'} for m in nine)
+    assert (
+        seven['CMI', 'start at zero']
+        == seven['LoRA Recycle', "start at zero, the paper's losses"]
+        == by_themselves | timed | {'accuracy'}
+    )
+    assert seven['LoRA Recycle', 'start at zero, real images (oracle)'] == by_themselves | {
+        'accuracy'
+    } and seven['NN', ''] == {'accuracy'}
+    nine = (
+        rows[(rows['table'] == 'figure9') & (rows['method'] == 'LoRA Recycle')]
+        .groupby('variant')['metric']
+        .agg(set)
+    )
+    assert set(nine.index) == {'start at zero', *(f'start at zero, {w}' for w in WORDS)} and all(
+        m == by_themselves | {'accuracy'} for m in nine
+    )
     eight = rows[rows['table'] == 'figure8']
-    assert len(eight) == len(IN_DOMAIN)*2*5 and set(eight['dataset']) == set(IN_DOMAIN)
+    assert len(eight) == len(IN_DOMAIN) * 2 * 5 and set(eight['dataset']) == set(IN_DOMAIN)
+
 
 def test_shares_are_percent_and_times_ratios(rows):
-    shares = rows[rows['metric'].isin(('accuracy', 'teacher_accuracy', 'nearest_real_class')) | (rows['table'] == 'figure8')]
+    shares = rows[
+        rows['metric'].isin(('accuracy', 'teacher_accuracy', 'nearest_real_class'))
+        | (rows['table'] == 'figure8')
+    ]
     assert shares['value'].between(0, 100).all()
     assert cell(rows, 'figure7', 'seconds_per_lora_ratio', 'start at zero') == 1
     assert cell(rows, 'figure7', 'seconds_per_lora', 'start at zero', 'CMI') > 0
 
+
 def test_what_both_figures_show_is_one_measurement(rows):
     for metric in ('accuracy', 'r_bn', 'token_prior', 'diversity'):
-        for variant in ('start at zero', 'start at zero, real images (oracle)'): assert cell(rows, 'figure7', metric, variant) == cell(rows, 'figure9', metric, variant)
+        for variant in ('start at zero', 'start at zero, real images (oracle)'):
+            assert cell(rows, 'figure7', metric, variant) == cell(rows, 'figure9', metric, variant)
+
 
 def test_a_prior_that_is_left_out_is_missed(rows):
     for metric, variant in (('r_bn', 'without R_BN'), ('token_prior', 'without the token prior')):
-        assert cell(rows, 'figure9', metric, 'start at zero') < cell(rows, 'figure9', metric, f'start at zero, {variant}')
+        assert cell(rows, 'figure9', metric, 'start at zero') < cell(
+            rows, 'figure9', metric, f'start at zero, {variant}'
+        )
+
 
 def test_the_controls_of_figure_8_are_controls(rows):
     "Real images are told from inverted ones of four steps, not from other real ones; their own classes are found"
@@ -86,33 +147,54 @@ def test_the_controls_of_figure_8_are_controls(rows):
     assert 30 < mean['told_apart_real'] < 70 < mean['told_apart']
     assert mean['real_to_real'] > 70 > mean['inverted_to_real'] > 20
 
+
 def test_episodes_give_the_accuracies_back(finished, rows):
-    episodes = read_episodes(finished/'results'/'figures')
+    episodes = read_episodes(finished / 'results' / 'figures')
     for r in rows[rows['metric'] == 'accuracy'].itertuples():
-        assert episodes[f'{r.dataset}|{r.shot}|{r.method}|{r.variant}'].mean() == pytest.approx(r.value, abs=1e-9) and r.n_tasks == 20
+        assert (
+            episodes[f'{r.dataset}|{r.shot}|{r.method}|{r.variant}'].mean()
+            == pytest.approx(r.value, abs=1e-9)
+            and r.n_tasks == 20
+        )
+
 
 def test_statements_are_judged(finished):
-    text = (finished/'out.ipynb').read_text()
-    assert sum(text.count(f'<td>{v}</td>') for v in ('holds', 'does not hold', 'cannot be told')) == 8
+    text = (finished / 'out.ipynb').read_text()
+    assert (
+        sum(text.count(f'<td>{v}</td>') for v in ('holds', 'does not hold', 'cannot be told')) == 8
+    )
+
 
 def test_a_full_cache_makes_nothing(finished, rows):
     code, said = papermill(finished)
     assert code == 0, said[-3000:]
-    stages = json.loads((finished/'results/figures/run.json').read_text())['stages']
+    stages = json.loads((finished / 'results/figures/run.json').read_text())['stages']
     assert stages and {s['outcome'] for s in stages} == {'hit'}
-    again = read_rows(finished/'results'/'figures')
-    pd.testing.assert_frame_equal(rows.drop(columns=list(TIME_COLUMNS)), again.drop(columns=list(TIME_COLUMNS)), check_exact=True)
+    again = read_rows(finished / 'results' / 'figures')
+    pd.testing.assert_frame_equal(
+        rows.drop(columns=list(TIME_COLUMNS)),
+        again.drop(columns=list(TIME_COLUMNS)),
+        check_exact=True,
+    )
 
-@pytest.mark.parametrize('parameters, words', [
-    (dict(scale='embeded'), ["scale='embeded'", "Did you mean 'embedded'"]),
-    (dict(cache='x'), ["'cache'", "Did you mean 'cache_dir'"]),
-    (dict(seed=-1), ['seed=-1', '0 or more']),
-    (dict(device='gpu'), ["device='gpu'", "'cpu'"])])
+
+@pytest.mark.parametrize(
+    'parameters, words',
+    [
+        (dict(scale='embeded'), ["scale='embeded'", "Did you mean 'embedded'"]),
+        (dict(cache='x'), ["'cache'", "Did you mean 'cache_dir'"]),
+        (dict(seed=-1), ['seed=-1', '0 or more']),
+        (dict(device='gpu'), ["device='gpu'", "'cpu'"]),
+    ],
+)
 def test_bad_parameters_end_before_any_work(tmp_path, parameters, words):
     code, said = papermill(tmp_path, **parameters)
     assert code != 0
-    for word in words: assert word in said, said[-1500:]
-    assert not (tmp_path/'results'/'figures'/'rows.csv').exists() and not list((tmp_path/'cache').glob('*/*'))
+    for word in words:
+        assert word in said, said[-1500:]
+    assert not (tmp_path / 'results' / 'figures' / 'rows.csv').exists() and not list(
+        (tmp_path / 'cache').glob('*/*')
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -121,48 +203,82 @@ def test_contrastive_loss_knows_no_order_and_grows_with_the_bank(n, k, seed):
     gen = generator(seed, 'features')
     view, other, bank = (torch.randn(size, 8, generator=gen) for size in (n, n, k))
     loss, turn = contrastive_loss(view, other, bank), torch.randperm(n, generator=gen)
-    assert contrastive_loss(view[turn], other[turn], bank.flip(0)).item() == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
-    assert contrastive_loss(3*view, other, bank).item() == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)       # only directions count
-    assert contrastive_loss(view, other, bank[:0]) <= loss+1e-5
+    assert contrastive_loss(view[turn], other[turn], bank.flip(0)).item() == pytest.approx(
+        loss.item(), rel=1e-4, abs=1e-5
+    )
+    assert contrastive_loss(3 * view, other, bank).item() == pytest.approx(
+        loss.item(), rel=1e-4, abs=1e-5
+    )  # only directions count
+    assert contrastive_loss(view, other, bank[:0]) <= loss + 1e-5
+
 
 @pytest.fixture(scope='module')
 def two_loras():
     "A backbone and two LoRAs with heads, not tuned"
     backbone, gen = load_miniature(), generator(0, 'loras')
     lora = new_lora(backbone.layers, backbone.width, 2, gen, n=2)
-    return backbone, replace(lora, W=torch.randn(2, backbone.out_dim, 3, generator=gen), b=torch.zeros(2, 3))
+    return backbone, replace(
+        lora, W=torch.randn(2, backbone.out_dim, 3, generator=gen), b=torch.zeros(2, 3)
+    )
 
-LITTLE = CmiConfig(InvertConfig(steps=2, per_class=3, alpha_bn=0.), batch=2)
+
+LITTLE = CmiConfig(InvertConfig(steps=2, per_class=3, alpha_bn=0.0), batch=2)
+
 
 def test_a_lora_is_painted_alike_alone_or_first_of_two(two_loras):
     backbone, lora = two_loras
-    both, alone = (invert_cmi(backbone, some, 36, LITTLE, generator(0, 'cmi')) for some in (lora, lora[:1]))
+    both, alone = (
+        invert_cmi(backbone, some, 36, LITTLE, generator(0, 'cmi')) for some in (lora, lora[:1])
+    )
     assert torch.equal(both.images[:1], alone.images) and both.images.shape == (2, 3, 3, 3, 36, 36)
-    assert both.kept.shape == (2, 3, 3, backbone.n_patches) and 0 <= both.accuracy.min() <= both.accuracy.max() <= 1
+    assert (
+        both.kept.shape == (2, 3, 3, backbone.n_patches)
+        and 0 <= both.accuracy.min() <= both.accuracy.max() <= 1
+    )
     assert not torch.equal(both.images[0], both.images[1])
+
 
 def test_the_bank_matters_from_the_second_batch_on(two_loras, monkeypatch):
     "Emptied, it leaves the first batch as it was and changes the second"
-    import lora_recycle.cmi as cmi
+    import lora_recycle.rivals.cmi as cmi
+
     backbone, lora = two_loras
-    config = replace(LITTLE, losses=replace(LITTLE.losses, steps=4), lr=.05)
+    config = replace(LITTLE, losses=replace(LITTLE.losses, steps=4), lr=0.05)
     whole = invert_cmi(backbone, lora[:1], 36, config, generator(0, 'cmi')).images
     loss = cmi.contrastive_loss
-    monkeypatch.setattr(cmi, 'contrastive_loss', lambda view, other, bank, temperature: loss(view, other, bank[:0], temperature))
+    monkeypatch.setattr(
+        cmi,
+        'contrastive_loss',
+        lambda view, other, bank, temperature: loss(view, other, bank[:0], temperature),
+    )
     without = invert_cmi(backbone, lora[:1], 36, config, generator(0, 'cmi')).images
-    assert torch.equal(whole[:, :, :2], without[:, :, :2]) and not torch.equal(whole[:, :, 2:], without[:, :, 2:])
+    assert torch.equal(whole[:, :, :2], without[:, :, :2]) and not torch.equal(
+        whole[:, :, 2:], without[:, :, 2:]
+    )
+
 
 def test_torchs_own_generator_is_left_alone(two_loras):
     backbone, lora = two_loras
-    torch.manual_seed(5); before = torch.get_rng_state()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
     invert_cmi(backbone, lora[:1], 36, LITTLE, generator(0, 'cmi'))
     assert torch.equal(before, torch.get_rng_state())
+
 
 def test_cmi_refuses_what_it_cannot_use(two_loras):
     backbone, lora = two_loras
     with pytest.raises(ValueError, match='stats is missing; pass stats='):
-        invert_cmi(backbone, lora, 36, replace(LITTLE, losses=replace(LITTLE.losses, alpha_tokens=1.)), generator(0))
-    with pytest.raises(ValueError, match='prior is missing'): invert_cmi(backbone, lora, 36, replace(LITTLE, losses=InvertConfig(steps=2)), generator(0))
-    with pytest.raises(ValueError, match='side=30'): painter(30, generator(0))
-    for wrong in (dict(batch=0), dict(contrast=-1.), dict(temperature=0.), dict(width=True)):
-        with pytest.raises(ValueError, match=next(iter(wrong))): replace(LITTLE, **wrong)
+        invert_cmi(
+            backbone,
+            lora,
+            36,
+            replace(LITTLE, losses=replace(LITTLE.losses, alpha_tokens=1.0)),
+            generator(0),
+        )
+    with pytest.raises(ValueError, match='prior is missing'):
+        invert_cmi(backbone, lora, 36, replace(LITTLE, losses=InvertConfig(steps=2)), generator(0))
+    with pytest.raises(ValueError, match='side=30'):
+        generator_net(30, generator(0))
+    for wrong in (dict(batch=0), dict(contrast=-1.0), dict(temperature=0.0), dict(width=True)):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            replace(LITTLE, **wrong)

@@ -1,4 +1,5 @@
 "Jobs elsewhere: in order, named when they fail, done again when their worker is killed, the same bits, and nothing left running."
+
 import importlib.util
 import os
 import secrets
@@ -22,7 +23,7 @@ import torch
 from lora_recycle import jobs as module
 from lora_recycle.core import generator
 from lora_recycle.jobs import Executor, JobError, run_jobs
-from lora_recycle.lora import new_lora
+from lora_recycle.method.lora import new_lora
 
 TWO = Executor('processes', workers=2)
 HERE = Path(__file__).resolve().parent
@@ -33,89 +34,154 @@ def on(folder, function, numbers=range(5), executor=TWO, **how):
     "Run `function(folder, n)` for `numbers`"
     return run_jobs(partial(function, str(folder)), [(n,) for n in numbers], executor, **how)
 
+
 def gone(pid):
     "Wait until the process `pid` is no more"
-    try: psutil.Process(pid).wait(15)
-    except psutil.NoSuchProcess: pass
+    try:
+        psutil.Process(pid).wait(15)
+    except psutil.NoSuchProcess:
+        pass
     return not psutil.pid_exists(pid)
+
 
 def begun_by(folder, numbers):
     "The processes in which jobs were begun, once there are some for each of `numbers`"
-    for n in numbers: errands.wait_for(folder/f'begun-{n}')
-    time.sleep(.1)
+    for n in numbers:
+        errands.wait_for(folder / f'begun-{n}')
+    time.sleep(0.1)
     return [pid for n in numbers for pid in errands.pids(folder, n)]
 
-def workers_of(pid): return [p for p in psutil.Process(pid).children() if '_serve' in ' '.join(p.cmdline())]
+
+def workers_of(pid):
+    return [p for p in psutil.Process(pid).children() if '_serve' in ' '.join(p.cmdline())]
 
 
 def test_results_come_in_order_from_workers_that_share_the_cores(tmp_path):
     found = on(tmp_path, errands.report)
-    assert [n for n, *_ in found] == list(range(5)) and all(errands.times(tmp_path, n) == 1 for n in range(5))
+    assert [n for n, *_ in found] == list(range(5)) and all(
+        errands.times(tmp_path, n) == 1 for n in range(5)
+    )
     ran = {pid for _, pid, _, _ in found}
-    assert len(ran) == 2 and os.getpid() not in ran and all(map(gone, ran)) and not workers_of(os.getpid())
-    assert {(threads, device) for *_, threads, device in found} == {(max(1, module._cores()//2), 'cpu')}
+    assert (
+        len(ran) == 2
+        and os.getpid() not in ran
+        and all(map(gone, ran))
+        and not workers_of(os.getpid())
+    )
+    assert {(threads, device) for *_, threads, device in found} == {
+        (max(1, module._cores() // 2), 'cpu')
+    }
+
 
 def test_no_jobs_no_workers():
     assert on('', errands.report, []) == on('', errands.report, [], Executor()) == []
 
-@pytest.mark.parametrize('executor', [Executor(), Executor('processes', workers=1)], ids=lambda e: e.kind)
+
+@pytest.mark.parametrize(
+    'executor', [Executor(), Executor('processes', workers=1)], ids=lambda e: e.kind
+)
 def test_a_failed_job_is_named_and_ends_the_work(tmp_path, executor):
-    with pytest.raises(JobError, match=r"fail_at_one\('.*', 1\) failed: .*Unsendable: this and that") as caught: on(tmp_path, errands.fail_at_one, executor=executor)
-    assert [errands.times(tmp_path, n) for n in range(5)] == [1, 1, 0, 0, 0]           # nothing is tried again, nothing new begins
-    if executor.kind == 'processes': assert 'in fail_at_one' in str(caught.value)      # where it happened
-    else: assert isinstance(caught.value.__cause__, errands.Unsendable)
+    with pytest.raises(
+        JobError, match=r"fail_at_one\('.*', 1\) failed: .*Unsendable: this and that"
+    ) as caught:
+        on(tmp_path, errands.fail_at_one, executor=executor)
+    assert [errands.times(tmp_path, n) for n in range(5)] == [
+        1,
+        1,
+        0,
+        0,
+        0,
+    ]  # nothing is tried again, nothing new begins
+    if executor.kind == 'processes':
+        assert 'in fail_at_one' in str(caught.value)  # where it happened
+    else:
+        assert isinstance(caught.value.__cause__, errands.Unsendable)
+
 
 def test_what_cannot_be_sent_is_refused_before_any_work(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match='top of a module'): run_jobs(lambda n: n, [(1,)], TWO)
-    with pytest.raises(ValueError, match='job=.*cannot be sent'): run_jobs(errands.report, [(tmp_path, threading.Lock())], TWO)
+    with pytest.raises(ValueError, match='top of a module'):
+        run_jobs(lambda n: n, [(1,)], TWO)
+    with pytest.raises(ValueError, match='job=.*cannot be sent'):
+        run_jobs(errands.report, [(tmp_path, threading.Lock())], TWO)
     monkeypatch.setattr(errands.report, '__module__', '__main__')
     monkeypatch.setattr(sys.modules['__main__'], 'report', errands.report, raising=False)
-    with pytest.raises(ValueError, match='notebook or script'): on(tmp_path, errands.report)
+    with pytest.raises(ValueError, match='notebook or script'):
+        on(tmp_path, errands.report)
+
 
 def test_executors_are_checked(monkeypatch):
-    with pytest.raises(ValueError, match="Did you mean 'ray'"): Executor('rai')
-    with pytest.raises(ValueError, match='retries=-1'): Executor('processes', retries=-1)
-    with pytest.raises(ValueError, match='cuda:1'): run_jobs(errands.fail_at_one, [('', 0)], TWO, device='cuda:1')
+    with pytest.raises(ValueError, match="Did you mean 'ray'"):
+        Executor('rai')
+    with pytest.raises(ValueError, match='retries=-1'):
+        Executor('processes', retries=-1)
+    with pytest.raises(ValueError, match='cuda:1'):
+        run_jobs(errands.fail_at_one, [('', 0)], TWO, device='cuda:1')
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
-    with pytest.raises(ValueError, match='no GPU is seen'): run_jobs(errands.fail_at_one, [('', 0)], TWO, device='cuda')
+    with pytest.raises(ValueError, match='no GPU is seen'):
+        run_jobs(errands.fail_at_one, [('', 0)], TWO, device='cuda')
     monkeypatch.setitem(sys.modules, 'ray', None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install lora_recycle\[ray\]'): Executor('ray')
+    with pytest.raises(ModuleNotFoundError, match=r'pip install lora_recycle\[ray\]'):
+        Executor('ray')
+
 
 def test_each_gpu_serves_one_worker(monkeypatch, tmp_path):
     "Without a GPU a worker told to use one ends at once; with two of them seen, two workers are told so"
     told = []
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(module, '_ask', lambda worker, *messages: told.append(messages[0][1]))
-    monkeypatch.setattr(module, '_start', lambda threads: subprocess.Popen(['sleep', '0'], stdin=subprocess.PIPE, stdout=subprocess.PIPE))
-    with pytest.raises(JobError, match='lost its worker 1 times'): on(tmp_path, errands.report, executor=Executor('processes', retries=0), device='cuda')
+    monkeypatch.setattr(
+        module,
+        '_start',
+        lambda threads: subprocess.Popen(
+            ['sleep', '0'], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ),
+    )
+    with pytest.raises(JobError, match='lost its worker 1 times'):
+        on(tmp_path, errands.report, executor=Executor('processes', retries=0), device='cuda')
     assert set(told) <= {'cuda:0', 'cuda:1'} and told
+
 
 def killed_half_way(folder, executor, **how):
     "Results of five jobs, the process of job 2 being killed while jobs 1 and 2 run"
-    def kill(): os.kill(begun_by(folder, (1, 2))[-1], signal.SIGKILL)
+
+    def kill():
+        os.kill(begun_by(folder, (1, 2))[-1], signal.SIGKILL)
+
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     found = on(folder, errands.slow_two, executor=executor, shared=folder, **how)
     killer.join()
     return found
 
+
 def test_a_killed_worker_costs_its_job_only(tmp_path):
-    with pytest.warns(UserWarning, match=r"slow_two\('.*', 2\) lost its worker \(exit status -9\)"): assert killed_half_way(tmp_path, TWO) == [0, 1, 4, 9, 16]
+    with pytest.warns(UserWarning, match=r"slow_two\('.*', 2\) lost its worker \(exit status -9\)"):
+        assert killed_half_way(tmp_path, TWO) == [0, 1, 4, 9, 16]
     assert [errands.times(tmp_path, n) for n in range(5)] == [1, 1, 2, 1, 1]
-    assert len(set(errands.pids(tmp_path, 2))) == 2                                    # a fresh worker
-    assert on(tmp_path, errands.slow_two, executor=Executor()) == [0, 1, 4, 9, 16]     # from the cache
+    assert len(set(errands.pids(tmp_path, 2))) == 2  # a fresh worker
+    assert on(tmp_path, errands.slow_two, executor=Executor()) == [0, 1, 4, 9, 16]  # from the cache
     assert [errands.times(tmp_path, n) for n in range(5)] == [1, 1, 2, 1, 1]
     assert not list(tmp_path.glob('.seen*')) and not workers_of(os.getpid())
 
+
 @pytest.mark.filterwarnings('ignore:.*lost its worker')
 def test_a_job_that_kills_every_worker_is_given_up(tmp_path):
-    with pytest.raises(JobError, match=r"suicide\('.*', 1\) failed: it lost its worker 2 times, .*-9"): on(tmp_path, errands.suicide, executor=Executor('processes', 1, retries=1))
+    with pytest.raises(
+        JobError, match=r"suicide\('.*', 1\) failed: it lost its worker 2 times, .*-9"
+    ):
+        on(tmp_path, errands.suicide, executor=Executor('processes', 1, retries=1))
     assert [errands.times(tmp_path, n) for n in range(5)] == [1, 2, 0, 0, 0]
+
 
 def test_a_folder_that_is_not_shared_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(module.time, 'sleep', lambda seconds: None)
-    wrong, _ = module._answer(b'', b'', 'cpu', str(tmp_path/'elsewhere'/'.seen'))
-    assert 'FileNotFoundError' in wrong and 'elsewhere is not the same folder' in wrong and 'cache_dir' in wrong
+    wrong, _ = module._answer(b'', b'', 'cpu', str(tmp_path / 'elsewhere' / '.seen'))
+    assert (
+        'FileNotFoundError' in wrong
+        and 'elsewhere is not the same folder' in wrong
+        and 'cache_dir' in wrong
+    )
+
 
 @contextmanager
 def driver(folder, executor):
@@ -125,9 +191,18 @@ import errands
 from lora_recycle.jobs import Executor, run_jobs
 run_jobs(partial(errands.sleep, {str(folder)!r}), [(0,), (1,), (2,)], {executor})"""
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(HERE), *sys.path])}
-    process = subprocess.Popen([sys.executable, '-c', code], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try: yield process
-    finally: process.kill()
+    process = subprocess.Popen(
+        [sys.executable, '-c', code],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+
 
 @pytest.mark.skipif(os.name != 'posix', reason='signals')
 @pytest.mark.parametrize('sent', [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
@@ -140,29 +215,60 @@ def test_no_process_outlives_the_one_that_began(tmp_path, sent):
     assert process.returncode != 0 and ('KeyboardInterrupt' in said) == (sent == signal.SIGINT)
     assert all(map(gone, ran)) and errands.times(tmp_path, 2) == 0
 
+
 @pytest.fixture(scope='module')
 def inverted():
     "Two LoRAs and what their inversion in this process, with one thread, gives"
     gen, before = generator(0, 'jobs'), torch.get_num_threads()
     lora = new_lora(4, 128, 4, gen, n=2)
-    lora = type(lora)(lora.A, torch.randn(lora.B.shape, generator=gen)*.02, torch.randn(2, 128, 5, generator=gen), torch.zeros(2, 5))
+    lora = type(lora)(
+        lora.A,
+        torch.randn(lora.B.shape, generator=gen) * 0.02,
+        torch.randn(2, 128, 5, generator=gen),
+        torch.zeros(2, 5),
+    )
     torch.set_num_threads(1)
-    try: return lora, run_jobs(partial(errands.invert_one, lora), [(0,), (1,)])
-    finally: torch.set_num_threads(before)
+    try:
+        return lora, run_jobs(partial(errands.invert_one, lora), [(0,), (1,)])
+    finally:
+        torch.set_num_threads(before)
+
 
 def same_bits(inverted, executor):
     lora, expected = inverted
     found = run_jobs(partial(errands.invert_one, lora), [(0,), (1,)], executor)
     assert not torch.equal(found[0]['images'], found[1]['images'])
-    return all(torch.equal(a[k], b[k]) for a, b in zip(found, expected) for k in ('images', 'kept', 'loss', 'accuracy'))
+    return all(
+        torch.equal(a[k], b[k])
+        for a, b in zip(found, expected)
+        for k in ('images', 'kept', 'loss', 'accuracy')
+    )
 
-def test_processes_give_the_same_bits(inverted): assert same_bits(inverted, Executor('processes', workers=max(2, module._cores())))
+
+def test_processes_give_the_same_bits(inverted):
+    assert same_bits(inverted, Executor('processes', workers=max(2, module._cores())))
+
 
 def ray_head(port, folder):
     "The process that heads a cluster of two workers on this machine, once it is there"
-    command = [sys.executable, '-m', 'ray.scripts.scripts', 'start', '--head', '--block', f'--port={port}', '--num-cpus=2', '--object-store-memory=100000000',
-               '--include-dashboard=false', '--disable-usage-stats', f'--temp-dir={folder}']
-    head, said = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), ''
+    command = [
+        sys.executable,
+        '-m',
+        'ray.scripts.scripts',
+        'start',
+        '--head',
+        '--block',
+        f'--port={port}',
+        '--num-cpus=2',
+        '--object-store-memory=100000000',
+        '--include-dashboard=false',
+        '--disable-usage-stats',
+        f'--temp-dir={folder}',
+    ]
+    head, said = (
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True),
+        '',
+    )
     for line in head.stdout:
         said += line
         if 'block forever' in line:
@@ -170,23 +276,42 @@ def ray_head(port, folder):
             return head
     raise RuntimeError(f'exit status {head.wait()}: {said}')
 
+
 @pytest.fixture(scope='module')
 def ray():
     "A local cluster, started as a user would, with a token of its own and without a word to anyone"
-    if not has_ray: pytest.skip('needs ray')
-    folder, patch = tempfile.mkdtemp(prefix='ray'), pytest.MonkeyPatch()     # a short name: sockets go there
+    if not has_ray:
+        pytest.skip('needs ray')
+    folder, patch = (
+        tempfile.mkdtemp(prefix='ray'),
+        pytest.MonkeyPatch(),
+    )  # a short name: sockets go there
     with socket.socket() as s:
         s.bind(('', 0))
         port = s.getsockname()[1]
-    for name, value in dict(RAY_ADDRESS=f'127.0.0.1:{port}', RAY_AUTH_MODE='token', RAY_AUTH_TOKEN=secrets.token_hex(16), RAY_worker_niceness='0').items(): patch.setenv(name, value)
+    for name, value in dict(
+        RAY_ADDRESS=f'127.0.0.1:{port}',
+        RAY_AUTH_MODE='token',
+        RAY_AUTH_TOKEN=secrets.token_hex(16),
+        RAY_worker_niceness='0',
+    ).items():
+        patch.setenv(name, value)
     patch.setenv('PYTHONPATH', os.pathsep.join([str(HERE), *filter(None, sys.path)]))
-    patch.delenv('OMP_NUM_THREADS', raising=False)                           # what Ray does without being told
-    for left in (2, 1, 0):     # Ray gives its own processes 30 s, in which they may not come up on a busy machine
-        try: head = ray_head(port, folder)
+    patch.delenv('OMP_NUM_THREADS', raising=False)  # what Ray does without being told
+    for left in (
+        2,
+        1,
+        0,
+    ):  # Ray gives its own processes 30 s, in which they may not come up on a busy machine
+        try:
+            head = ray_head(port, folder)
         except RuntimeError:
-            if not left: raise
-        else: break
+            if not left:
+                raise
+        else:
+            break
     import ray
+
     yield ray
     began = psutil.Process(head.pid).children(recursive=True)
     head.terminate()
@@ -195,24 +320,38 @@ def ray():
     assert not ray.is_initialized() and not psutil.wait_procs(began, 20)[1]
     shutil.rmtree(folder)
 
+
 def test_ray_begins_a_killed_job_anew(ray, tmp_path):
     assert killed_half_way(tmp_path, Executor('ray')) == [0, 1, 4, 9, 16]
     assert [errands.times(tmp_path, n) for n in range(5)] == [1, 1, 2, 1, 1]
     assert len(set(errands.pids(tmp_path, 2))) == 2
 
-def test_ray_gives_the_same_bits(ray, inverted): assert same_bits(inverted, Executor('ray'))
+
+def test_ray_gives_the_same_bits(ray, inverted):
+    assert same_bits(inverted, Executor('ray'))
+
 
 def test_ray_names_what_failed(ray, tmp_path):
     ray.init(log_to_driver=False)
     try:
         found = on(tmp_path, errands.report, range(2), Executor('ray'))
-        assert [(n, threads, device) for n, _, threads, device in found] == [(0, 1, 'cpu'), (1, 1, 'cpu')]
-        with pytest.raises(JobError, match=r"fail_at_one\('.*', 1\) failed: .*this and that"): on(tmp_path, errands.fail_at_one, executor=Executor('ray', workers=1))
+        assert [(n, threads, device) for n, _, threads, device in found] == [
+            (0, 1, 'cpu'),
+            (1, 1, 'cpu'),
+        ]
+        with pytest.raises(JobError, match=r"fail_at_one\('.*', 1\) failed: .*this and that"):
+            on(tmp_path, errands.fail_at_one, executor=Executor('ray', workers=1))
         assert errands.times(tmp_path, 2) == 0
-        with pytest.raises(JobError, match=r"suicide\('.*', 1\) failed: it lost its worker 1 times"): on(tmp_path, errands.suicide, (1,), Executor('ray', retries=0))
-        with pytest.raises(ValueError, match='no GPU is seen'): on(tmp_path, errands.report, executor=Executor('ray'), device='cuda')
-        assert ray.is_initialized()      # who has joined before stays
-    finally: ray.shutdown()
+        with pytest.raises(
+            JobError, match=r"suicide\('.*', 1\) failed: it lost its worker 1 times"
+        ):
+            on(tmp_path, errands.suicide, (1,), Executor('ray', retries=0))
+        with pytest.raises(ValueError, match='no GPU is seen'):
+            on(tmp_path, errands.report, executor=Executor('ray'), device='cuda')
+        assert ray.is_initialized()  # who has joined before stays
+    finally:
+        ray.shutdown()
+
 
 def test_a_stopped_run_takes_its_jobs_on_ray_along(ray, tmp_path):
     with driver(tmp_path, Executor('ray')) as process:
@@ -222,10 +361,15 @@ def test_a_stopped_run_takes_its_jobs_on_ray_along(ray, tmp_path):
     assert 'KeyboardInterrupt' in said and process.returncode != 0
     assert all(map(gone, ran)) and errands.times(tmp_path, 2) == 0
 
+
 @pytest.mark.skipif(not has_ray, reason='needs ray')
 def test_without_a_cluster_the_way_to_one_is_told(monkeypatch):
     import ray
-    def none(*args, **kwargs): raise ConnectionError('Could not find any running Ray instance')
+
+    def none(*args, **kwargs):
+        raise ConnectionError('Could not find any running Ray instance')
+
     monkeypatch.setattr(ray, 'is_initialized', lambda: False)
     monkeypatch.setattr(ray, 'init', none)
-    with pytest.raises(ConnectionError, match='ray start --head'): run_jobs(errands.fail_at_one, [('', 0)], Executor('ray'))
+    with pytest.raises(ConnectionError, match='ray start --head'):
+        run_jobs(errands.fail_at_one, [('', 0)], Executor('ray'))

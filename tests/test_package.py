@@ -1,4 +1,5 @@
 "The package is complete, needs what it says it needs, and its papers agree with each other."
+
 import ast
 import configparser
 import re
@@ -14,99 +15,215 @@ import pytest
 import lora_recycle
 
 ROOT = Path(__file__).resolve().parent.parent
-INSTALL, TEST, JOB = 'pip install -e ".[dev]"', "OMP_NUM_THREADS=1 nbdev_test --n_workers 2 && OMP_NUM_THREADS=1 pytest -q -n 2", "papermill nbs/run_table.ipynb"
+INSTALL, TEST, JOB = (
+    'pip install -e ".[dev]"',
+    'OMP_NUM_THREADS=1 nbdev_test --n_workers 2 && OMP_NUM_THREADS=1 pytest -q -n 2',
+    'papermill nbs/run_table.ipynb',
+)
 # what `requirements` in settings.ini calls it -> what Python calls it
-IMPORTS = {"torch": "torch", "torchvision": "torchvision", "open_clip_torch": "open_clip", "timm": "timm", "pandas": "pandas",
-           "seaborn": "seaborn", "scikit-learn": "sklearn", "safetensors": "safetensors", "tqdm": "tqdm", "matplotlib": "matplotlib",
-           "pillow": "PIL", "numpy": "numpy", "huggingface_hub": "huggingface_hub", "nevergrad": "nevergrad", "filelock": "filelock"}
-FOR_DEVELOPERS = {"nbdev", "papermill", "fastcore", "execnb", "IPython", "ipykernel", "ipywidgets", "jupyter", "jupyter_core",
-                  "jupyter_client", "nbformat", "nbclient", "nbconvert", "notebook", "pytest", "hypothesis", "peft", "transformers", "playwright"}
+IMPORTS = {
+    'torch': 'torch',
+    'torchvision': 'torchvision',
+    'open_clip_torch': 'open_clip',
+    'timm': 'timm',
+    'pandas': 'pandas',
+    'seaborn': 'seaborn',
+    'scikit-learn': 'sklearn',
+    'safetensors': 'safetensors',
+    'tqdm': 'tqdm',
+    'matplotlib': 'matplotlib',
+    'pillow': 'PIL',
+    'numpy': 'numpy',
+    'huggingface_hub': 'huggingface_hub',
+    'nevergrad': 'nevergrad',
+    'filelock': 'filelock',
+}
+FOR_DEVELOPERS = {
+    'nbdev',
+    'papermill',
+    'fastcore',
+    'execnb',
+    'IPython',
+    'ipykernel',
+    'ipywidgets',
+    'jupyter',
+    'jupyter_core',
+    'jupyter_client',
+    'nbformat',
+    'nbclient',
+    'nbconvert',
+    'notebook',
+    'pytest',
+    'hypothesis',
+    'peft',
+    'transformers',
+    'playwright',
+}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def settings():
     config = configparser.ConfigParser()
-    config.read(ROOT/"settings.ini", encoding="utf-8")
-    return config["DEFAULT"]
+    config.read(ROOT / 'settings.ini', encoding='utf-8')
+    return config['DEFAULT']
+
 
 def python(code):
     "What a fresh Python prints that runs `code` far from the checkout"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_modules_import_only_what_is_required(settings):
-    required = {re.split("[<>=!~]", r)[0] for r in settings["requirements"].split()}
+    required = {re.split('[<>=!~]', r)[0] for r in settings['requirements'].split()}
     assert required == set(IMPORTS)
-    allowed = {*sys.stdlib_module_names, *IMPORTS.values(), "lora_recycle"}
-    optional = {re.split("[<>=!~]", r)[0] for r in settings["ray_requirements"].split()}      # for those who have a cluster: only inside functions
-    for path in (ROOT/"lora_recycle").rglob("*.py"):
-        top = ast.parse(path.read_text(encoding="utf-8")).body
-        assert not optional & {a.name.split(".")[0] for node in top if isinstance(node, ast.Import) for a in node.names}, f"{path.name} needs an optional package at once"
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or "lora_recycle"] if isinstance(node, ast.ImportFrom) and not node.level else []
-            assert {n.split(".")[0] for n in names} <= allowed | optional, f"{path.name}: {ast.unparse(node)}"
+    allowed = {*sys.stdlib_module_names, *IMPORTS.values(), 'lora_recycle'}
+    optional = {
+        re.split('[<>=!~]', r)[0] for r in settings['ray_requirements'].split()
+    }  # for those who have a cluster: only inside functions
+    for path in (ROOT / 'lora_recycle').rglob('*.py'):
+        top = ast.parse(path.read_text(encoding='utf-8')).body
+        assert not optional & {
+            a.name.split('.')[0] for node in top if isinstance(node, ast.Import) for a in node.names
+        }, f'{path.name} needs an optional package at once'
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or 'lora_recycle']
+                if isinstance(node, ast.ImportFrom) and not node.level
+                else []
+            )
+            assert {n.split('.')[0] for n in names} <= allowed | optional, (
+                f'{path.name}: {ast.unparse(node)}'
+            )
+
 
 def test_the_library_works_without_the_tools_of_developers():
     "Every module imports where these tools do not exist (seaborn alone takes IPython if it is there, so what is loaded would not tell)"
-    loaded = python("import sys\n"
-                    f"sys.modules.update(dict.fromkeys({sorted(FOR_DEVELOPERS)!r}))\n"     # None: as if not installed
-                    "import lora_recycle, importlib, pkgutil\n"
-                    "names = [m.name for m in pkgutil.walk_packages(lora_recycle.__path__, 'lora_recycle.')]\n"
-                    "for name in names: importlib.import_module(name)\n"
-                    "print(*names); print(*{name.split('.')[0] for name, module in sys.modules.items() if module})").splitlines()
-    assert {"lora_recycle.core", "lora_recycle.pipeline", "lora_recycle.plots"} <= set(loaded[0].split())
+    loaded = python(
+        'import sys\n'
+        f'sys.modules.update(dict.fromkeys({sorted(FOR_DEVELOPERS)!r}))\n'  # None: as if not installed
+        'import lora_recycle, importlib, pkgutil\n'
+        "names = [m.name for m in pkgutil.walk_packages(lora_recycle.__path__, 'lora_recycle.')]\n"
+        'for name in names: importlib.import_module(name)\n'
+        "print(*names); print(*{name.split('.')[0] for name, module in sys.modules.items() if module})"
+    ).splitlines()
+    assert {'lora_recycle.core', 'lora_recycle.method.chain', 'lora_recycle.bench.plots'} <= set(
+        loaded[0].split()
+    )
     assert not FOR_DEVELOPERS & set(loaded[1].split())
 
+
 def test_the_first_import_is_light():
-    assert python("import lora_recycle, sys; print('torch' in sys.modules)").strip() == "False"
+    assert python("import lora_recycle, sys; print('torch' in sys.modules)").strip() == 'False'
+
 
 def test_package_data_is_there():
-    assets = files("lora_recycle")/"assets"
-    assert len([p for p in (assets/"splits").iterdir() if p.name.endswith(".json")]) == 8
-    assert (assets/"paper_tables.csv").read_text(encoding="utf-8").count("\n") == 468
+    assets = files('lora_recycle') / 'assets'
+    assert len([p for p in (assets / 'splits').iterdir() if p.name.endswith('.json')]) == 8
+    assert (assets / 'paper_tables.csv').read_text(encoding='utf-8').count('\n') == 468
+
 
 def test_wheel_and_source_archive_hold_all_assets(tmp_path):
-    copy = tmp_path/"source"
-    for path in [*(ROOT/"lora_recycle").rglob("*"), *(ROOT/n for n in ("settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE",
-                                                                      "CHANGELOG.md", "CONTRIBUTING.md", "environment.yml"))]:
-        if path.is_file() and "__pycache__" not in path.parts:
-            (copy/path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
-            (copy/path.relative_to(ROOT)).write_bytes(path.read_bytes())
-    subprocess.run([sys.executable, "-c", "from setuptools import build_meta as b; b.build_sdist('out'); b.build_wheel('out')"],
-                   cwd=copy, check=True, capture_output=True, timeout=300)
-    packed = {p.relative_to(ROOT).as_posix() for p in (ROOT/"lora_recycle").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
-    assert packed <= set(zipfile.ZipFile(next((copy/"out").glob("*.whl"))).namelist())
-    with tarfile.open(next((copy/"out").glob("*.tar.gz"))) as archive: kept = {n.split("/", 1)[-1] for n in archive.getnames()}
-    assert packed | {"settings.ini", "LICENSE", "README.md"} <= kept
+    copy = tmp_path / 'source'
+    for path in [
+        *(ROOT / 'lora_recycle').rglob('*'),
+        *(
+            ROOT / n
+            for n in (
+                'settings.ini',
+                'setup.py',
+                'pyproject.toml',
+                'MANIFEST.in',
+                'README.md',
+                'LICENSE',
+                'CHANGELOG.md',
+                'CONTRIBUTING.md',
+                'environment.yml',
+            )
+        ),
+    ]:
+        if path.is_file() and '__pycache__' not in path.parts:
+            (copy / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            (copy / path.relative_to(ROOT)).write_bytes(path.read_bytes())
+    subprocess.run(
+        [
+            sys.executable,
+            '-c',
+            "from setuptools import build_meta as b; b.build_sdist('out'); b.build_wheel('out')",
+        ],
+        cwd=copy,
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    packed = {
+        p.relative_to(ROOT).as_posix()
+        for p in (ROOT / 'lora_recycle').rglob('*')
+        if p.is_file() and '__pycache__' not in p.parts
+    }
+    assert packed <= set(zipfile.ZipFile(next((copy / 'out').glob('*.whl'))).namelist())
+    with tarfile.open(next((copy / 'out').glob('*.tar.gz'))) as archive:
+        kept = {n.split('/', 1)[-1] for n in archive.getnames()}
+    assert packed | {'settings.ini', 'LICENSE', 'README.md'} <= kept
 
 
 def test_one_version_everywhere(settings):
-    assert lora_recycle.__version__ == settings["version"]
-    assert re.search(rf"^## {re.escape(settings['version'])}\b", (ROOT/"CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert lora_recycle.__version__ == settings['version']
+    assert re.search(
+        rf'^## {re.escape(settings["version"])}\b',
+        (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8'),
+        re.MULTILINE,
+    )
+
 
 def test_readme_and_ci_give_the_same_commands():
-    readme, ci = (ROOT/"README.md").read_text(encoding="utf-8"), (ROOT/".ci/run").read_text(encoding="utf-8")
-    for command in (INSTALL, TEST, JOB): assert command in readme, f"README.md does not show: {command}"
-    assert INSTALL.replace("install", "install --quiet") in ci and TEST in ci
-    assert TEST in (ROOT/"CONTRIBUTING.md").read_text(encoding="utf-8")
+    readme, ci = (
+        (ROOT / 'README.md').read_text(encoding='utf-8'),
+        (ROOT / '.ci/run').read_text(encoding='utf-8'),
+    )
+    for command in (INSTALL, TEST, JOB):
+        assert command in readme, f'README.md does not show: {command}'
+    assert INSTALL.replace('install', 'install --quiet') in ci and TEST in ci
+    assert TEST in (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+
+@pytest.mark.parametrize('page', ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md'])
 def test_links_lead_somewhere(page):
-    text = (ROOT/page).read_text(encoding="utf-8")
-    for link in re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r"""<img[^>]*src=["']([^"']+)""", text):
-        if "://" not in link and not link.startswith("mailto:"): assert (ROOT/link).exists(), f"{page} links to {link}"
+    text = (ROOT / page).read_text(encoding='utf-8')
+    for link in re.findall(r'\]\(([^)#\s]+)', text) + re.findall(
+        r"""<img[^>]*src=["']([^"']+)""", text
+    ):
+        if '://' not in link and not link.startswith('mailto:'):
+            assert (ROOT / link).exists(), f'{page} links to {link}'
 
 
 def test_the_numbers_in_the_readme_are_those_of_the_results():
     "Every line of README's table of results, against results/in_domain/rows.csv"
-    from lora_recycle.results import read_rows, wide
-    value, _ = wide(read_rows(ROOT/"results"/"in_domain"))
-    section = (ROOT/"README.md").read_text(encoding="utf-8").split("## What came out")[1].split("\n## ")[0]
-    lines = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("| ") and "---" not in line]
+    from lora_recycle.bench.results import read_rows, wide
+
+    value, _ = wide(read_rows(ROOT / 'results' / 'in_domain'))
+    section = (
+        (ROOT / 'README.md')
+        .read_text(encoding='utf-8')
+        .split('## What came out')[1]
+        .split('\n## ')[0]
+    )
+    lines = [
+        [cell.strip(' *') for cell in line.strip('|').split('|')]
+        for line in section.splitlines()
+        if line.startswith('| ') and '---' not in line
+    ]
     assert len(lines) > 5
     for method, one, five, gain in lines[1:]:
-        found = value.loc[method, [("average", "1-shot"), ("average", "5-shot")]]
-        assert [one, five] == [f"{v:.2f}" for v in found]
-        assert gain == ("" if method == "NN" else f"{found.iloc[0]-value.loc['NN', ('average', '1-shot')]:+.2f}")
+        found = value.loc[method, [('average', '1-shot'), ('average', '5-shot')]]
+        assert [one, five] == [f'{v:.2f}' for v in found]
+        assert gain == (
+            ''
+            if method == 'NN'
+            else f'{found.iloc[0] - value.loc["NN", ("average", "1-shot")]:+.2f}'
+        )

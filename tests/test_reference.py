@@ -1,4 +1,5 @@
 "The plain reference computes what the fast code computes; and the benchmark runs, compares with its last rows, and refuses what it does not know."
+
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,134 +9,260 @@ import pandas as pd
 import pytest
 import torch
 
-from lora_recycle.backbone import blank_dropped, encode
+from lora_recycle.method.backbone import blank_dropped, encode
 from lora_recycle.core import generator
-from lora_recycle.cost import ViTShape, inversion_step, meta_step, random_backbone
-from lora_recycle.distill import DistillConfig, task_loss
-from lora_recycle.inversion import InvertConfig, inversion_losses
-from lora_recycle.lora import LoRA, new_lora
-from lora_recycle.miniature import load_prior
-from lora_recycle.reference import (PlainViT, drop_tokens, hook_prior, market_step, plain_fresh_step, plain_inversion_step, plain_losses, plain_meta_step,
-                                    seen_patches, solve_step, wrap_lora)
-from lora_recycle.distill import prototype_logits
-from lora_recycle.results import COLUMNS, read_rows
+from lora_recycle.bench.cost import ViTShape, inversion_step, meta_step, random_backbone
+from lora_recycle.method.distill import DistillConfig, task_loss
+from lora_recycle.method.inversion import InvertConfig, inversion_losses
+from lora_recycle.method.lora import LoRA, new_lora
+from lora_recycle.suite.miniature import load_prior
+from lora_recycle.bench.reference import (
+    PlainViT,
+    drop_tokens,
+    hook_prior,
+    market_step,
+    plain_fresh_step,
+    plain_inversion_step,
+    plain_losses,
+    plain_meta_step,
+    seen_patches,
+    solve_step,
+    wrap_lora,
+)
+from lora_recycle.method.distill import prototype_logits
+from lora_recycle.bench.results import COLUMNS, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = ViTShape('small', 36, 6, 48, 4, 4, 24)
-WITHIN = 1e-4                     # relative, float32
+WITHIN = 1e-4  # relative, float32
 
 
 def lora_of(backbone, seed=0, rank=4):
     "One LoRA with a head and a B that is not zero"
     gen = generator(seed, 'lora')
     fresh = new_lora(backbone.layers, backbone.width, rank, gen)
-    return LoRA(fresh.A, torch.randn(fresh.B.shape, generator=gen)*.1, torch.randn(backbone.out_dim, 5, generator=gen)*.3, torch.randn(5, generator=gen))
+    return LoRA(
+        fresh.A,
+        torch.randn(fresh.B.shape, generator=gen) * 0.1,
+        torch.randn(backbone.out_dim, 5, generator=gen) * 0.3,
+        torch.randn(5, generator=gen),
+    )
 
-def apart(ours, theirs): return ((ours-theirs).norm()/theirs.norm()).item()
+
+def apart(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
 
 @pytest.fixture(params=['gelu', 'quick_gelu'])
-def backbone(request): return random_backbone(SHAPE, generator(0, 'reference'), request.param)
+def backbone(request):
+    return random_backbone(SHAPE, generator(0, 'reference'), request.param)
 
 
 @pytest.mark.parametrize('with_prior', [False, True], ids=['', 'prior'])
-@pytest.mark.parametrize('plan', [None, {1: .5}, {0: .3, 2: .6, 3: .5}], ids=str)
+@pytest.mark.parametrize('plan', [None, {1: 0.5}, {0: 0.3, 2: 0.6, 3: 0.5}], ids=str)
 def test_inversion_loss_and_image_gradient_agree(backbone, plan, with_prior):
     lora, x = lora_of(backbone), torch.randn(10, 3, 36, 36, generator=generator(1)).requires_grad_()
-    labels, config = torch.arange(10) % 5, InvertConfig(alpha_bn=.01*with_prior)
-    ours, _, _ = inversion_losses(backbone, lora.map(lambda t: t[None]), x, labels, config, plan, load_prior() if with_prior else None, None)
+    labels, config = torch.arange(10) % 5, InvertConfig(alpha_bn=0.01 * with_prior)
+    ours, _, _ = inversion_losses(
+        backbone,
+        lora.map(lambda t: t[None]),
+        x,
+        labels,
+        config,
+        plan,
+        load_prior() if with_prior else None,
+        None,
+    )
     prior = load_prior() if with_prior else None
     plain = plain_losses(wrap_lora(backbone, lora), x, labels, plan, prior, hook_prior(prior))
     assert apart(ours, plain) < WITHIN
     assert apart(*(torch.autograd.grad(loss.sum(), x)[0] for loss in (ours, plain))) < WITHIN
 
+
 def test_agreement_would_notice_a_wrong_factor(backbone):
     lora, x = lora_of(backbone), torch.randn(10, 3, 36, 36, generator=generator(1))
-    with torch.no_grad(): right, wrong = (encode(backbone, x, l).features for l in (lora, replace(lora, A=lora.A*1.01)))
+    with torch.no_grad():
+        right, wrong = (
+            encode(backbone, x, l).features for l in (lora, replace(lora, A=lora.A * 1.01))
+        )
     assert apart(wrong, right) > WITHIN
+
 
 @pytest.mark.parametrize('kept', [36, 9])
 def test_meta_training_loss_and_lora_gradient_agree(backbone, kept):
-    gen, lora = generator(2), replace(lora_of(backbone), W=None, b=None).map(lambda t: t.requires_grad_())
+    gen, lora = (
+        generator(2),
+        replace(lora_of(backbone), W=None, b=None).map(lambda t: t.requires_grad_()),
+    )
     keep = torch.stack([torch.randperm(36, generator=gen)[:kept].sort().values for _ in range(20)])
     x, config = torch.randn(20, 3, 36, 36, generator=gen), DistillConfig(n_query=3)
-    ours, _ = task_loss(backbone, lora, None, x.view(1, 5, 4, 3, 36, 36), keep.view(1, 5, 4, kept), None, None, config, mixed=True)
+    ours, _ = task_loss(
+        backbone,
+        lora,
+        None,
+        x.view(1, 5, 4, 3, 36, 36),
+        keep.view(1, 5, 4, kept),
+        None,
+        None,
+        config,
+        mixed=True,
+    )
     model = wrap_lora(backbone, lora.map(torch.Tensor.detach))
     features = model(blank_dropped(x, keep, 6), masked=True).view(1, 5, 4, -1)
-    plain = torch.nn.functional.cross_entropy(prototype_logits(features[:, :, :1], features[:, :, 1:]).flatten(0, 2), torch.arange(5).repeat_interleave(3))
+    plain = torch.nn.functional.cross_entropy(
+        prototype_logits(features[:, :, :1], features[:, :, 1:]).flatten(0, 2),
+        torch.arange(5).repeat_interleave(3),
+    )
     plain.backward()
-    theirs = torch.stack([torch.stack([p.A.grad for p in (b.attn.q_proj, b.attn.v_proj)]) for b in model.blocks])
-    assert apart(ours, plain) < WITHIN and apart(torch.autograd.grad(ours, lora.A)[0], theirs) < WITHIN
+    theirs = torch.stack(
+        [torch.stack([p.A.grad for p in (b.attn.q_proj, b.attn.v_proj)]) for b in model.blocks]
+    )
+    assert (
+        apart(ours, plain) < WITHIN and apart(torch.autograd.grad(ours, lora.A)[0], theirs) < WITHIN
+    )
+
 
 def test_twin_steps_draw_the_same(backbone):
     "First losses agree: the same images, LoRA, head and view"
-    for plan in (None, {1: .5}): assert float(inversion_step(backbone, None, 10, plan, seed=3)()) == pytest.approx(float(plain_inversion_step(backbone, None, 10, plan, seed=3)()), rel=WITHIN)
-    for share in (0., .75): assert float(meta_step(backbone, 20, share, seed=3)()) == pytest.approx(float(plain_meta_step(backbone, 20, share, seed=3)()), rel=WITHIN)
+    for plan in (None, {1: 0.5}):
+        assert float(inversion_step(backbone, None, 10, plan, seed=3)()) == pytest.approx(
+            float(plain_inversion_step(backbone, None, 10, plan, seed=3)()), rel=WITHIN
+        )
+    for share in (0.0, 0.75):
+        assert float(meta_step(backbone, 20, share, seed=3)()) == pytest.approx(
+            float(plain_meta_step(backbone, 20, share, seed=3)()), rel=WITHIN
+        )
+
 
 def test_what_asks_for_gradients():
     "In ours the images alone; in the plain one the LoRA, its head and the prior too"
     backbone, prior = random_backbone(SHAPE, generator(0)), load_prior()
     inversion_step(backbone, prior, 5)()
-    assert not any(p.requires_grad for p in prior.parameters()) and not any(w.requires_grad for w in backbone.weights.values())
+    assert not any(p.requires_grad for p in prior.parameters()) and not any(
+        w.requires_grad for w in backbone.weights.values()
+    )
     hook_prior(prior)
     model = wrap_lora(backbone, lora_of(backbone))
-    plain_losses(model, torch.randn(5, 3, 36, 36), torch.arange(5), None, prior, hook_prior(prior)).backward()
-    assert {n.split('.')[-1] for n, p in model.named_parameters() if p.grad is not None} == {'A', 'B', 'weight', 'bias'}
+    plain_losses(
+        model, torch.randn(5, 3, 36, 36), torch.arange(5), None, prior, hook_prior(prior)
+    ).backward()
+    assert {n.split('.')[-1] for n, p in model.named_parameters() if p.grad is not None} == {
+        'A',
+        'B',
+        'weight',
+        'bias',
+    }
     assert prior[0].weight.grad.abs().sum() > 0
+
 
 def test_tokens_are_chosen_image_by_image():
     gen = generator(4)
     x, weights = torch.randn(3, 10, 4, generator=gen), torch.rand(3, 2, 10, 10, generator=gen)
-    kept = drop_tokens(x, weights, .5)
+    kept = drop_tokens(x, weights, 0.5)
     for i in range(3):
-        best = weights[i].mean(0)[0, 1:].topk(9-4).indices.sort().values
+        best = weights[i].mean(0)[0, 1:].topk(9 - 4).indices.sort().values
         assert torch.equal(kept[i], torch.cat([x[i, :1], x[i, 1:][best]]))
     images = torch.ones(2, 3, 12, 12)
     images[1, :, :6, 6:] = 0
     assert [s.tolist() for s in seen_patches(images, 6)] == [[0, 1, 2, 3], [0, 2, 3]]
 
-def test_towers_that_are_not_clips_are_refused(backbone):
-    other = replace(backbone, weights={k: w for k, w in backbone.weights.items() if not k.startswith('ln_pre')})
-    with pytest.raises(ValueError, match='no tower of CLIP'): PlainViT(other)
 
-@pytest.mark.parametrize('make, what', [(lambda: plain_inversion_step(random_backbone(SHAPE, generator(0)), None, 0), 'batch=0'), (lambda: market_step(images=0), 'images=0'),
-                                        (lambda: plain_fresh_step((*'a',), 5), 'argument|position'), (lambda: solve_step(episodes=0)(), 'n_tasks=0')])
+def test_towers_that_are_not_clips_are_refused(backbone):
+    other = replace(
+        backbone, weights={k: w for k, w in backbone.weights.items() if not k.startswith('ln_pre')}
+    )
+    with pytest.raises(ValueError, match='no tower of CLIP'):
+        PlainViT(other)
+
+
+@pytest.mark.parametrize(
+    'make, what',
+    [
+        (lambda: plain_inversion_step(random_backbone(SHAPE, generator(0)), None, 0), 'batch=0'),
+        (lambda: market_step(images=0), 'images=0'),
+        (lambda: plain_fresh_step((*'a',), 5), 'argument|position'),
+        (lambda: solve_step(episodes=0)(), 'n_tasks=0'),
+    ],
+)
 def test_wrong_sizes_are_named(make, what):
-    with pytest.raises((ValueError, TypeError), match=what): make()
+    with pytest.raises((ValueError, TypeError), match=what):
+        make()
 
 
 def papermill(folder, **parameters):
     "Run the benchmark at its smallest size to its end: exit status and what it said"
-    values = dict(size='smoke', repeats=1, memory=False, out_dir=folder/'results') | parameters
-    done = subprocess.run([sys.executable, '-m', 'papermill', 'nbs/benchmark.ipynb', str(folder/'out.ipynb'), '--no-progress-bar', *(w for k, v in values.items() for w in ('-p', k, str(v)))],
-                          cwd=ROOT, capture_output=True, text=True, timeout=900)
-    return done.returncode, done.stdout+done.stderr
+    values = dict(size='smoke', repeats=1, memory=False, out_dir=folder / 'results') | parameters
+    done = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'papermill',
+            'nbs/benchmark.ipynb',
+            str(folder / 'out.ipynb'),
+            '--no-progress-bar',
+            *(w for k, v in values.items() for w in ('-p', k, str(v))),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    return done.returncode, done.stdout + done.stderr
+
 
 def test_the_benchmark_runs_and_tells_what_moved(tmp_path):
     code, said = papermill(tmp_path)
     assert code == 0, said[-3000:]
-    out = tmp_path/'results'/'benchmark'
+    out = tmp_path / 'results' / 'benchmark'
     rows = read_rows(out)
     assert list(rows.columns) == list(COLUMNS) and (rows['scale'] == 'smoke').all()
-    assert {p.name for p in out.iterdir()} == {'rows.csv', 'table.md', 'run.json', 'growth.png', 'steps.png'}
+    assert {p.name for p in out.iterdir()} == {
+        'rows.csv',
+        'table.md',
+        'run.json',
+        'growth.png',
+        'steps.png',
+    }
     shares = rows[rows['metric'] == 'share_of_limit']
     whole = shares['backbone'] == 'miniature'
-    assert set(shares[whole]['method']) == {'plain', 'one at a time', 'four at once', 'all at once'} and (shares['value'] > 0).all()
+    assert (
+        set(shares[whole]['method']) == {'plain', 'one at a time', 'four at once', 'all at once'}
+        and (shares['value'] > 0).all()
+    )
     steps = shares[~whole]
-    assert set(steps['method']) == {'ours', 'ours, bfloat16', 'plain'} and (steps['value'] > 0).all()
-    assert {'inversion step, dense', 'inversion step, {6: 0.75}, with R_BN', 'meta-training step, 75 % dropped', 'embedding'} <= set(steps['variant'])
+    assert (
+        set(steps['method']) == {'ours', 'ours, bfloat16', 'plain'} and (steps['value'] > 0).all()
+    )
+    assert {
+        'inversion step, dense',
+        'inversion step, {6: 0.75}, with R_BN',
+        'meta-training step, 75 % dropped',
+        'embedding',
+    } <= set(steps['variant'])
     assert rows[rows['metric'].str.endswith('_difference')]['value'].max() < WITHIN
-    assert 'no rows were here before' in (tmp_path/'out.ipynb').read_text()
-    rows.loc[rows['metric'] == 'share_of_limit', 'value'] *= 3             # as if it had been three times as fast before
-    pd.DataFrame(rows).to_csv(out/'rows.csv', index=False)
+    assert 'no rows were here before' in (tmp_path / 'out.ipynb').read_text()
+    rows.loc[rows['metric'] == 'share_of_limit', 'value'] *= (
+        3  # as if it had been three times as fast before
+    )
+    pd.DataFrame(rows).to_csv(out / 'rows.csv', index=False)
     code, said = papermill(tmp_path)
     assert code == 0, said[-3000:]
-    told = (tmp_path/'out.ipynb').read_text()
+    told = (tmp_path / 'out.ipynb').read_text()
     assert 'ratios moved by more than 10 %' in told and 'value before' in told
 
-@pytest.mark.parametrize('parameters, words', [(dict(size='big'), ["size='big'", "'full'"]), (dict(repeat=3), ["'repeat'", "Did you mean 'repeats'"]), (dict(repeats=0), ['repeats=0']),
-                                               (dict(device='gpu'), ["device='gpu'"])])
+
+@pytest.mark.parametrize(
+    'parameters, words',
+    [
+        (dict(size='big'), ["size='big'", "'full'"]),
+        (dict(repeat=3), ["'repeat'", "Did you mean 'repeats'"]),
+        (dict(repeats=0), ['repeats=0']),
+        (dict(device='gpu'), ["device='gpu'"]),
+    ],
+)
 def test_bad_parameters_end_before_any_work(tmp_path, parameters, words):
     code, said = papermill(tmp_path, **parameters)
     assert code != 0
-    for word in words: assert word in said, said[-1500:]
-    assert not (tmp_path/'results'/'benchmark'/'rows.csv').exists()
+    for word in words:
+        assert word in said, said[-1500:]
+    assert not (tmp_path / 'results' / 'benchmark' / 'rows.csv').exists()
