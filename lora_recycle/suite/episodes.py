@@ -17,45 +17,85 @@ from .images import ImageSet
 # %% ../../nbs/3_suite/02_episodes.ipynb #b114e893
 @dataclass(frozen=True)
 class Episodes:
-    "Image numbers of T episodes: support [T,way,shot], query [T,way,n_query]; row w of an episode is its class w. Classes: [T,way]."
+    "T episodes, as numbers of images; row w of an episode is its class w."
 
-    support: Tensor
-    query: Tensor
-    classes: Tensor
+    support: Tensor  # int64 [T,way,shot]
+    query: Tensor  # int64 [T,way,n_query]
+    classes: Tensor  # int64 [T,way], class numbers of the set
 
     def __len__(self):
         return len(self.support)
 
 # %% ../../nbs/3_suite/02_episodes.ipynb #efba480a
 def _images_by_class(data: ImageSet, split: str, least: int) -> dict[int, Tensor]:
-    "Class -> image numbers in `data.images`, for the classes of `split`; ValueError if a class has fewer than `least` images."
+    "Class -> image numbers, for the classes of `split`; ValueError if one has too few."
     found = {c: (data.labels == c).nonzero()[:, 0] for c in data.splits[split]}
     short = [(data.classes[c], len(rows)) for c, rows in found.items() if len(rows) < least]
     if short:
         raise ValueError(
-            f'{data.name}/{split}: class {short[0][0]!r} has {short[0][1]} images, but shot + n_query = {least} are needed. '
+            f'{data.name}/{split}: class {short[0][0]!r} has {short[0][1]} images, but '
+            f'shot + n_query = {least} are needed. '
             'Lower n_query or shot, or load more images a class.'
         )
     return found
 
+# %% ../../nbs/3_suite/02_episodes.ipynb #1437817d
+def _deal_frames(groups: list[int], shot: int, n_query: int) -> tuple[list[int], list[int]] | None:
+    "Places of supports and queries in `groups` (shuffled) with no group in both, or None."
+    order = list(dict.fromkeys(groups))
+    for n_films in range(min(shot, len(order) - 1), 0, -1):
+        films = set(order[:n_films])
+        inside = [i for i, g in enumerate(groups) if g in films]
+        outside = [i for i, g in enumerate(groups) if g not in films]
+        if len(inside) >= shot and len(outside) >= n_query:
+            first = [groups.index(g) for g in order[:n_films]]
+            others = [i for i in inside if i not in first]
+            return (first + others)[:shot], outside[:n_query]
+    return None
+
+
+def _draw_class(
+    data: ImageSet, rows: Tensor, sizes: tuple[int, int], gen: torch.Generator
+) -> Tensor:
+    "Supports, then queries of one class whose images are `rows`; int64 [shot + n_query]."
+    shot = sizes[0]
+    n_query = sizes[1]
+    shuffled = rows[torch.randperm(len(rows), generator=gen)]
+    if data.groups is None:
+        return shuffled[: shot + n_query]
+    dealt = _deal_frames(data.groups[shuffled].tolist(), shot, n_query)
+    if dealt is None:
+        name = data.classes[int(data.labels[rows[0]])]
+        raise ValueError(
+            f'{data.name}: class {name!r} has {len(rows)} frames of '
+            f'{len(data.groups[rows].unique())} films, too few for {shot} supports and {n_query} '
+            'queries of other films. Lower n_query or shot, or load more images a class.'
+        )
+    return shuffled[dealt[0] + dealt[1]]
+
 # %% ../../nbs/3_suite/02_episodes.ipynb #7595bbbf
 def draw_episodes(
-    data: ImageSet, split: str, n_tasks: int, way: int, shot: int, n_query: int = 15, seed: int = 0
+    data: ImageSet,  # numbers refer to its images
+    split: str,  # whose classes: 'train', 'val' or 'test'
+    n_tasks: int,  # T, 1 or more
+    way: int,  # classes of an episode, 2 or more
+    shot: int,  # supports of a class, 1 or more
+    n_query: int = 15,  # queries of a class, 1 or more
+    seed: int = 0,  # 0 or more
 ) -> Episodes:
-    "`n_tasks` episodes from the classes of `split`; numbers refer to `data.images`. ValueError if the set is too small."
+    "`n_tasks` episodes from the classes of `split`; ValueError if the set is too small."
     for name, value in (('n_tasks', n_tasks), ('shot', shot), ('n_query', n_query)):
         check_int(name, value, 1)
     rows = _images_by_class(data, split, shot + n_query)
     check_int('way', way, 2, len(rows))
-    names = sorted(rows)
-    support, query, classes = [], [], []
+    names = torch.tensor(sorted(rows))
+    drawn = []
+    classes = []
     for i in range(n_tasks):
         gen = generator(seed, 'episode', data.name, split, way, shot, i)
-        chosen = [names[j] for j in torch.randperm(len(names), generator=gen)[:way].tolist()]
-        drawn = torch.stack(
-            [rows[c][torch.randperm(len(rows[c]), generator=gen)[: shot + n_query]] for c in chosen]
-        )
-        support.append(drawn[:, :shot])
-        query.append(drawn[:, shot:])
-        classes.append(torch.tensor(chosen))
-    return Episodes(torch.stack(support), torch.stack(query), torch.stack(classes))
+        chosen = names[torch.randperm(len(names), generator=gen)[:way]]
+        each = [_draw_class(data, rows[c], (shot, n_query), gen) for c in chosen.tolist()]
+        drawn.append(torch.stack(each))
+        classes.append(chosen)
+    drawn = torch.stack(drawn)
+    return Episodes(drawn[:, :, :shot], drawn[:, :, shot:], torch.stack(classes))
