@@ -38,7 +38,7 @@ from ..method.market import Market, MarketConfig, head_logits, private_data
 from ..suite.miniature import MINIATURES, load_clip, tokenise
 from ..paper.models import encode_texts
 from ..method.chain import Chain, pool_images, priors, weights_file
-from ..bench.plots import accuracy_bars, image_rows, training_curves
+from ..bench.plots import image_rows, method_dots, training_curves
 
 # %% ../../nbs/4_rivals/02_text.ipynb #24c6ae75
 SCALE = 100.0  # of a real CLIP's logits
@@ -436,7 +436,7 @@ def text_pictures(table: str, runs: list[Chain], rows: pd.DataFrame) -> dict[str
             shown[f'{source}: {name}'] = pool[i * each, :, :2].flatten(0, 1)
     curves = {pool: text_meta(run, pool=pool)[1] for pool in ('inverted', 'real', 'noise')}
     return dict(
-        accuracy=accuracy_bars(rows[rows['variant'] == '']),
+        accuracy=method_dots(rows, {}),
         images=image_rows(shown),
         curves=training_curves(curves),
     )
