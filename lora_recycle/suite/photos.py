@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core import check_choice, check_int, generator
-from .folders import FileSet, group_by_class, list_subfolders, load, take_files
+from ..core import check_choice, generator
+from .folders import FileSet, group_by_class, list_subfolders, load, pick_rows
 from .images import SPLITS, ImageSet, deal_classes, keep_for
 from .reading import describe_neighbours, list_few, scan_folder
 
@@ -140,30 +140,6 @@ def _number_tracks(paths: list[str]) -> Tensor:
     number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     return torch.tensor([number[key] for key in keys], dtype=torch.int64)
 
-
-def _count_turns(groups: list) -> list[int]:
-    "How often the group of each image came before it."
-    seen = {}
-    turns = []
-    for group in groups:
-        turns.append(seen.get(group, 0))
-        seen[group] = turns[-1] + 1
-    return turns
-
-
-def _pick_rows(data: FileSet, per_class: int) -> Tensor:
-    "Up to `per_class` rows of each class by a seed, from as many groups as there are."
-    kept = []
-    for c, name in enumerate(data.classes):
-        gen = generator(0, 'photos', data.name, name)
-        rows = (data.labels == c).nonzero()[:, 0]
-        rows = rows[torch.randperm(len(rows), generator=gen)]
-        if data.groups is not None:
-            turns = torch.tensor(_count_turns(data.groups[rows].tolist()))
-            rows = rows[turns.argsort(stable=True)]
-        kept.append(rows[:per_class].sort().values)
-    return torch.cat(kept)
-
 # %% ../../nbs/3_suite/07_photos.ipynb #951f681f
 def _read_classes(name: str, folders: list[Path]) -> tuple[dict, dict]:
     "(class name -> paths, split -> class numbers) of a set that lies in `folders`."
@@ -191,9 +167,7 @@ def find_photo_files(
     root = str(Path(data_dir).expanduser())
     source = tuple(os.path.relpath(p, root) for p in paths)
     data = FileSet(name, source, labels, tuple(found), splits, root, groups)
-    if per_class is None:
-        return data
-    return take_files(data, _pick_rows(data, check_int('per_class', per_class, 1)), splits)
+    return data if per_class is None else pick_rows(data, per_class)
 
 # %% ../../nbs/3_suite/07_photos.ipynb #3e8aa11c
 def read_photos(
