@@ -21,8 +21,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from lora_recycle import exchange
 from lora_recycle.core import generator, save_tensors, write_json
+from lora_recycle.use import exchange
 from lora_recycle.use.exchange import (
     Limits,
     backbone_from_hf,
@@ -874,3 +874,187 @@ def test_a_market_is_read_as_it_was_written(tmp_path, backbone):
         write_market(tmp_path / 'n', market, backbone, ['a', '../a', 'b'])
     with pytest.raises(ValueError, match='single LoRA'):
         write_market(tmp_path / 'n', market[0], backbone)
+
+
+# ---- what is refused, with the word that helps
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        b'[' * 100_000,
+        b'1' * 100_000,
+        b'{"r": NaN}',
+        b'{"r": 1, "r": 2}',
+        b'\xff\xfe',
+        b'"' + b'\\"' * 100_000,
+    ],
+    ids=['deep', 'digits', 'nan', 'twice', 'bytes', 'open'],
+)
+def test_json_that_is_none(text):
+    with pytest.raises(ValueError, match='x is not sound JSON'):
+        parse_json(text, 'x')
+
+
+def test_json_files_have_a_largest_size_and_are_objects(tmp_path):
+    (tmp_path / 'list.json').write_text('[1]')
+    with pytest.raises(ValueError, match='not an object'):
+        read_json(tmp_path / 'list.json')
+    with pytest.raises(ValueError, match='2 is the most'):
+        read_json(tmp_path / 'list.json', Limits(json_bytes=2))
+
+
+SOUND = dict(peft_type='LORA', r=4, lora_alpha=8, target_modules=['q_proj'], use_dora=False)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(peft_type='LOHA'),
+        dict(use_dora=True),
+        dict(bias='all'),
+        dict(fan_in_fan_out=True),
+        dict(init_lora_weights='pissa'),
+        dict(init_lora_weights=[]),
+        dict(new_setting=3),
+    ],
+    ids=str,
+)
+def test_settings_that_are_no_plain_lora_are_named(change):
+    exchange.check_adapter_config(SOUND | dict(another_setting=None))
+    with pytest.raises(ValueError, match=next(iter(change))):
+        exchange.check_adapter_config(SOUND | change)
+
+
+@pytest.mark.parametrize(
+    'change, why',
+    [
+        (dict(r=True), 'r=True'),
+        (dict(r=200), 'r=200'),
+        (dict(lora_alpha='8'), 'lora_alpha='),
+        (dict(use_rslora=1), 'use_rslora='),
+        (dict(rank_pattern=[1]), 'rank_pattern must map'),
+    ],
+)
+def test_ranks_and_scales_are_numbers(change, why):
+    with pytest.raises(ValueError, match=why):
+        exchange.module_scaling(SOUND | change, 'encoder.layers.0.self_attn.q_proj')
+
+
+def test_sizes_that_do_not_fit_are_said(tmp_path, backbone):
+    folder = make_peft(tmp_path, 2) / 'p1'
+    for sizes, why in (
+        ((LAYERS + 1, WIDTH), 'layer 2 of 3'),
+        ((1, WIDTH), 'layers 0 to 0'),
+        ((LAYERS, 9), r'\(2, 9\)'),
+        ((LAYERS, WIDTH, 7), r'\[7,C\]'),
+    ):
+        with pytest.raises(ValueError, match=why):
+            read_adapter(folder, *sizes)
+    with pytest.raises(ValueError, match='name the folder above it'):
+        read_market(folder, backbone)
+    with pytest.raises(ValueError, match='a market of 1'):
+        write_adapter(tmp_path / 'x', stack_loras([tiny_lora(0)]), 'tiny')
+    with pytest.raises(ValueError, match='do not fit the head'):
+        write_adapter(tmp_path / 'x', tiny_lora(0), 'tiny', classes=['a'])
+    write_market(tmp_path / 'm', stack_loras([tiny_lora(0)]), backbone)
+    with pytest.raises(ValueError, match='was made for the backbone'):
+        read_market(tmp_path / 'm', replace(backbone, name='another'))
+
+
+@pytest.mark.parametrize('extra', ['lora_magnitude_vector', 'lora_B.bias', 'lora_embedding_A'])
+def test_tensors_that_no_plain_lora_has_are_named(tmp_path, extra):
+    folder = make_peft(tmp_path, 1) / 'p0'
+    path = folder / 'adapter_model.safetensors'
+    tensors = exchange.read_tensors(path, tensor_header(path))
+    at = 'base_model.model.vision_model.encoder.layers.0.self_attn.q_proj'
+    save_tensors(path, tensors | {f'{at}.{extra}': torch.zeros(WIDTH)})
+    with pytest.raises(ValueError, match=f'{extra}.*not part of a plain LoRA'):
+        read_adapter(folder, LAYERS, WIDTH)
+
+
+@pytest.mark.parametrize(
+    'change, why',
+    [
+        (dict(num_hidden_layers=3), '16 of 56 tensors are missing'),
+        (dict(num_hidden_layers=1), '16 tensors are not known'),
+        (dict(patch_size=2), r'position_embedding.weight is|patch_embedding.weight is'),
+        (dict(hidden_act='silu'), "'silu'"),
+        (dict(num_channels=1), 'num_channels=1'),
+        (dict(model_type='siglip'), "'siglip'"),
+    ],
+)
+def test_a_backbone_must_fit_its_settings(tmp_path, change, why):
+    make_backbone(tmp_path)
+    write_json(tmp_path / 'config.json', CONFIG | change)
+    with pytest.raises(ValueError, match=why):
+        backbone_from_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(image_mean=[0.5, 0.5]),
+        dict(image_std=[0.0, 1.0, 1.0]),
+        dict(do_normalize=1),
+        dict(rescale_factor=-1),
+    ],
+    ids=str,
+)
+def test_what_is_said_about_pixels_must_make_sense(tmp_path, change):
+    make_backbone(tmp_path)
+    write_json(tmp_path / 'preprocessor_config.json', change)
+    with pytest.raises(ValueError, match=next(iter(change))):
+        backbone_from_hf(tmp_path)
+
+
+def in_hub_cache(folder, made):
+    "The files of the folder `made` as the hub's cache holds them; the snapshot."
+    repository = folder / 'models--ann--lora'
+    snapshot = repository / 'snapshots' / ('a' * 40)
+    (repository / 'blobs').mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in made.iterdir():
+        name = hashlib.sha256(path.read_bytes()).hexdigest()
+        shutil.copy(path, repository / 'blobs' / name)
+        (snapshot / path.name).symlink_to(f'../../blobs/{name}')
+    return snapshot
+
+
+def test_the_cache_of_the_hub_can_be_read(tmp_path):
+    made = make_peft(tmp_path / 'made', 1) / 'p0'
+    snapshot = in_hub_cache(tmp_path, made)
+    found = read_adapter(snapshot, LAYERS, WIDTH, OUT).lora
+    assert torch.equal(found.A, tiny_lora(0, 1).A) and found.W is not None
+
+
+@pytest.mark.parametrize('target', ['/etc/passwd', '../../../secret', '../../blobs/../../secret'])
+def test_a_link_that_only_looks_like_the_hubs_is_not_followed(tmp_path, target):
+    snapshot = in_hub_cache(tmp_path, make_peft(tmp_path / 'made', 1) / 'p0')
+    (tmp_path / 'secret').write_text('{}')
+    link = snapshot / 'adapter_config.json'
+    link.unlink()
+    link.symlink_to(target)
+    with pytest.raises(ValueError, match=r'is a link.*limits=Limits\(links=True\)'):
+        read_adapter(snapshot, LAYERS, WIDTH)
+    blob = snapshot.parent.parent / 'blobs' / ('b' * 64)
+    blob.symlink_to(tmp_path / 'secret')  # the right form, but the blob is itself a link
+    link.unlink()
+    link.symlink_to(f'../../blobs/{blob.name}')
+    with pytest.raises(ValueError, match='is a link'):
+        read_adapter(snapshot, LAYERS, WIDTH)
+
+
+def test_numbers_of_a_kind_that_is_not_read_are_called_that_not_damage(tmp_path):
+    save_tensors(tmp_path / 'x.safetensors', dict(x=torch.ones(2).to(torch.int8)))
+    with pytest.raises(ValueError, match="sound, but cannot be used.*'I8'.*Cast it"):
+        tensor_header(tmp_path / 'x.safetensors')
+
+
+@pytest.mark.parametrize('targets', [['v', 'q'], ['fc1'], 'qv', [], ['q', 'q'], [['q']]])
+def test_targets_of_a_manifest_are_checked(tmp_path, backbone, targets):
+    write_market(tmp_path / 'm', stack_loras([tiny_lora(0)]), backbone)
+    manifest = read_json(tmp_path / 'm' / 'manifest.json')
+    write_json(tmp_path / 'm' / 'manifest.json', manifest | dict(targets=targets))
+    with pytest.raises(ValueError, match='targets'):
+        read_market(tmp_path / 'm', backbone)

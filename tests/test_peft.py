@@ -2,22 +2,27 @@
 
 import json
 import os
+import shutil
+from dataclasses import replace
 
 os.environ['HF_HUB_OFFLINE'] = os.environ['TRANSFORMERS_OFFLINE'] = (
     '1'  # before the imports that read them
 )
 
 import huggingface_hub
+import open_clip
 import peft
 import pytest
+import timm
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from lora_recycle.method.backbone import encode
+from lora_recycle.method.backbone import Backbone, encode, from_open_clip, normalise
 from lora_recycle.core import generator
 from lora_recycle.use.exchange import (
     _CLIP,
+    Limits,
     backbone_from_hf,
     backbone_from_state,
     hf_state,
@@ -215,17 +220,389 @@ def test_an_adapter_of_a_bare_vision_model(saved, tmp_path, x):
 
 
 def test_other_modules_are_named_and_refused_or_left_out(tmp_path):
-    trained(
-        tiny_model(), target_modules=['q_proj', 'k_proj', 'v_proj', 'out_proj', 'fc1', 'fc2']
-    ).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match='k_proj.*allow_partial'):
+    "The MLP is not read yet; what is left out is named."
+    every = ['q_proj', 'k_proj', 'v_proj', 'out_proj', 'fc1', 'fc2']
+    trained(tiny_model(), target_modules=every).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='fc1.*allow_partial'):
         read_adapter(tmp_path, 3, 16)
     adapter = read_adapter(tmp_path, 3, 16, allow_partial=True)
-    assert (
-        len(adapter.used) == 6
-        and {m.rsplit('.', 1)[1] for m in adapter.ignored} == {'k_proj', 'out_proj', 'fc1', 'fc2'}
-        and len(adapter.ignored) == 12
+    assert len(adapter.used) == 12 and adapter.lora.targets == ('q', 'k', 'v', 'out')
+    assert {m.rsplit('.', 1)[1] for m in adapter.ignored} == {'fc1', 'fc2'}
+
+
+def check_features(folder, adapted, backbone, x, wanted=None):
+    "The adapter in `folder` gives our backbone the features `wanted`; returns it."
+    adapter = read_adapter(folder, backbone.layers, backbone.width)
+    found = encode(backbone, x, adapter.lora).features
+    wanted = features(adapted, x) if wanted is None else wanted
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    assert (found - encode(backbone, x).features).abs().max() > 1e-2, 'it does nothing'
+    return adapter
+
+
+TARGETS = ['q', 'k', ('out',), 'qk', 'qkv', ('k', 'out'), ('q', 'v', 'out'), ('q', 'k', 'v', 'out')]
+
+
+@pytest.mark.parametrize('targets', TARGETS, ids=''.join)
+def test_any_products_of_attention(saved, tmp_path, x, targets):
+    patterns = dict(rank_pattern={'layers.1.self_attn.out_proj': 5, 'k_proj': 3})
+    names = [f'{t}_proj' for t in targets]
+    adapted = trained(tiny_model(), target_modules=names, lora_alpha=3, **patterns)
+    adapted.save_pretrained(tmp_path / 'a')
+    backbone = backbone_from_hf(saved)
+    lora = check_features(tmp_path / 'a', adapted, backbone, x).lora
+    assert lora.targets == (('q', 'v') if set(targets) <= {'q', 'v'} else tuple(targets))
+    write_adapter(tmp_path / 'b', lora, 'tiny')
+    again = peft.PeftModel.from_pretrained(tiny_model(), tmp_path / 'b').eval()
+    torch.testing.assert_close(features(again, x), features(adapted, x), atol=1e-5, rtol=0)
+
+
+def test_a_market_of_differing_targets(saved, tmp_path, x):
+    "Zeros where one LoRA has nothing; each still gives peft's features, and so from our files."
+    backbone = backbone_from_hf(saved)
+    wanted = []
+    for i, targets in enumerate((['q_proj'], ['k_proj', 'out_proj'], ['v_proj', 'out_proj'])):
+        adapted = trained(tiny_model(), target_modules=targets, r=i + 1)
+        adapted.save_pretrained(tmp_path / 'market' / f'{i}')
+        wanted.append(features(adapted, x))
+    market, report = read_market(tmp_path / 'market', backbone, head='drop')
+    assert market.targets == ('q', 'k', 'v', 'out') and report[1].targets == ('k', 'out')
+    write_market(tmp_path / 'ours', market, backbone)
+    again, _ = read_market(tmp_path / 'ours', backbone, head='drop')
+    for i in range(3):
+        found = encode(backbone, x, again[i]).features
+        torch.testing.assert_close(found, wanted[i], atol=1e-5, rtol=0)
+
+
+class Wrapper(torch.nn.Module):
+    "A tower and a head in a model of somebody's own."
+
+    def __init__(self, tower='clip', head='classifier'):
+        super().__init__()
+        self.names = tower, head
+        setattr(self, tower, tiny_model())
+        setattr(self, head, torch.nn.Linear(10, 4))
+
+    def forward(self, pixel_values):
+        tower, head = (getattr(self, name) for name in self.names)
+        return head(tower(pixel_values=pixel_values).image_embeds)
+
+
+@pytest.mark.parametrize('tower, head', [('clip', 'classifier'), ('backbone', 'head'), ('m', 'fc')])
+def test_wrapped_towers_are_read_with_their_heads(saved, tmp_path, x, tower, head):
+    adapted = trained(Wrapper(tower, head).eval(), modules_to_save=[head])
+    adapted.save_pretrained(tmp_path / 'a')
+    backbone = backbone_from_hf(saved)
+    lora = read_adapter(tmp_path / 'a', 3, 16, 10).lora
+    with torch.no_grad():
+        wanted = adapted(x)
+    found = encode(backbone, x, lora).features @ lora.W + lora.b
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+def rename(folder, change):
+    "Give each tensor of the adapter in `folder` the name that `change` makes of its own."
+    path = folder / 'adapter_model.safetensors'
+    save_file({change(k): t for k, t in load_file(path).items()}, path)
+
+
+BASE = 'base_model.model.'
+RENAMED = dict(
+    compiled_before=lambda k: k.replace(BASE, BASE + '_orig_mod.'),
+    compiled_after=lambda k: '_orig_mod.' + k,
+    doubled_prefix=lambda k: BASE + k,
+    data_parallel=lambda k: k.replace(BASE, BASE + 'module.'),
+    no_prefix=lambda k: k.removeprefix(BASE),
+    named_adapter=lambda k: k.replace('.weight', '.default.weight'),
+    compiled_blocks=lambda k: k.replace('.self_attn', '._orig_mod.self_attn'),
+)
+
+
+@pytest.mark.parametrize('change', RENAMED.values(), ids=RENAMED)
+def test_renamed_layers_are_read(saved, tmp_path, x, change):
+    adapted = trained(tiny_model(), lora_alpha=3)
+    adapted.save_pretrained(tmp_path / 'a')
+    rename(tmp_path / 'a', change)
+    check_features(tmp_path / 'a', adapted, backbone_from_hf(saved), x)
+
+
+def test_two_towers_in_one_adapter_are_refused(tmp_path):
+    trained(tiny_model()).save_pretrained(tmp_path)
+    double = load_file(tmp_path / 'adapter_model.safetensors')
+    double |= {k.replace(BASE, BASE + 'twin.'): t.clone() for k, t in double.items()}
+    save_file(double, tmp_path / 'adapter_model.safetensors')
+    with pytest.raises(ValueError, match='stands for the same layer as'):
+        read_adapter(tmp_path, 3, 16)
+
+
+TEXT = dict(
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    vocab_size=20,
+    max_position_embeddings=5,
+    bos_token_id=0,
+    eos_token_id=1,
+)
+
+
+def text_model():
+    "A text tower as wide and deep as the image tower."
+    return transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT)).eval()
+
+
+def siglip_model():
+    return transformers.SiglipVisionModel(
+        transformers.SiglipVisionConfig(**{k: v for k, v in TINY.items() if k[:4] != 'proj'})
+    ).eval()
+
+
+@pytest.mark.parametrize('make, name', [(text_model, 'CLIPTextModel'), (siglip_model, 'Siglip')])
+def test_an_adapter_of_another_class_is_refused_by_name(tmp_path, make, name):
+    trained(make()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f'{name}.*classes that fit: CLIPVisionModelWithProj'):
+        read_adapter(tmp_path, 3, 16)
+
+
+def test_where_no_class_is_recorded_a_warning_says_so(tmp_path):
+    "With a task type peft records no class; nobody can tell a text tower from an image tower then."
+    for make in (text_model, tiny_model):
+        folder = tmp_path / make.__name__
+        trained(make(), task_type='FEATURE_EXTRACTION').save_pretrained(folder)
+        with pytest.warns(UserWarning, match='do not record the class'):
+            read_adapter(folder, 3, 16)
+
+
+def test_the_text_tower_of_a_whole_clip_is_named(tmp_path):
+    config = transformers.CLIPConfig(text_config=TEXT, vision_config=TINY, projection_dim=10)
+    whole = lambda: transformers.CLIPModel(config).eval()
+    only_text = r'.*text_model.*\.q_proj'
+    trained(whole(), target_modules=only_text).save_pretrained(tmp_path / 'text')
+    with pytest.raises(ValueError, match='no q, k, v or out.*text_model.*text tower'):
+        read_adapter(tmp_path / 'text', 3, 16)
+    trained(whole()).save_pretrained(tmp_path / 'both')
+    with pytest.raises(ValueError, match='text_model.*allow_partial'):
+        read_adapter(tmp_path / 'both', 3, 16)
+    adapter = read_adapter(tmp_path / 'both', 3, 16, allow_partial=True)
+    assert len(adapter.used) == 6 and all('text_model' in m for m in adapter.ignored)
+
+
+def vit_backbone(weights, names, **settings):
+    "A backbone from another library's weights by a map: our name -> its names."
+    found = {ours: torch.cat([weights[t] for t in theirs]) for ours, theirs in names.items()}
+    width = found['ln_post.weight'].numel()
+    found['class_embedding'] = found['class_embedding'].flatten()
+    found['positional_embedding'] = found['positional_embedding'].flatten(0, 1)
+    found.setdefault('proj', torch.eye(width))
+    return Backbone('vit', {k: t.detach() for k, t in found.items()}, **settings)
+
+
+def vit_names(top, block, layers=2):
+    "The map for `vit_backbone` from maps for the top and for a block."
+    names = {k: (v,) if isinstance(v, str) else v for k, v in top.items()}
+    for i in range(layers):
+        for ours, theirs in block.items():
+            theirs = (theirs,) if isinstance(theirs, str) else theirs
+            for kind in ('weight', 'bias'):
+                at = f'transformer.resblocks.{i}.{ours}{kind}'
+                names[at] = tuple(t.format(i=i) + kind for t in theirs)
+    return names
+
+
+def randomise(model):
+    gen = generator(0, 'tiny')
+    for weight in model.parameters():
+        weight.data = torch.randn(weight.shape, generator=gen) * 0.3
+    return model.eval()
+
+
+def timm_model():
+    return randomise(
+        timm.models.VisionTransformer(
+            img_size=12, patch_size=6, embed_dim=16, depth=2, num_heads=2, num_classes=5
+        )
     )
+
+
+TIMM = vit_names(
+    {
+        'class_embedding': 'cls_token',
+        'positional_embedding': 'pos_embed',
+        'conv1.weight': 'patch_embed.proj.weight',
+        'conv1.bias': 'patch_embed.proj.bias',
+        'ln_post.weight': 'norm.weight',
+        'ln_post.bias': 'norm.bias',
+    },
+    {
+        'ln_1.': 'blocks.{i}.norm1.',
+        'ln_2.': 'blocks.{i}.norm2.',
+        'attn.in_proj_': 'blocks.{i}.attn.qkv.',
+        'attn.out_proj.': 'blocks.{i}.attn.proj.',
+        'mlp.c_fc.': 'blocks.{i}.mlp.fc1.',
+        'mlp.c_proj.': 'blocks.{i}.mlp.fc2.',
+    },
+)
+
+
+@pytest.mark.parametrize('targets', [['qkv'], ['attn.proj'], ['qkv', 'attn.proj']], ids=str)
+def test_the_fused_projection_of_timm(tmp_path, x, targets):
+    model = timm_model()
+    backbone = vit_backbone(model.state_dict(), TIMM, heads=2, patch=6, eps=1e-6)
+    adapted = trained(model, target_modules=targets, lora_alpha=3, modules_to_save=['head'])
+    adapted.save_pretrained(tmp_path / 'a')
+    lora = read_adapter(tmp_path / 'a', 2, 16, 16).lora
+    with torch.no_grad():
+        wanted = adapted(x)
+    found = encode(backbone, x, lora).features @ lora.W + lora.b
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    assert len(lora.targets) == dict(qkv=3).get(targets[0], 1) + len(targets) - 1
+
+
+def test_the_patch_embedding_of_timm_is_refused_by_name(tmp_path):
+    trained(timm_model(), target_modules=['qkv', 'proj']).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='patch_embed.proj'):
+        read_adapter(tmp_path, 2, 16)
+
+
+@pytest.mark.parametrize('wrapped', [False, True], ids=['tower', 'clip'])
+def test_the_attention_of_open_clip(tmp_path, wrapped):
+    "Of a whole CLIP the image tower is read, and the text tower is named."
+    vision = dict(layers=2, width=64, image_size=12, patch_size=6, head_width=32)
+    text = dict(width=16, heads=2, layers=2, vocab_size=20, context_length=5)
+    clip = randomise(open_clip.model.CLIP(embed_dim=10, vision_cfg=vision, text_cfg=text))
+    backbone = from_open_clip(clip.visual, 'tiny', 'gelu')
+    x = torch.randn(4, 3, 12, 12, generator=generator(2, 'x'))
+    model = clip if wrapped else clip.visual
+    adapted = trained(model, target_modules=['attn'], lora_alpha=3)
+    adapted.save_pretrained(tmp_path)
+    with torch.no_grad():
+        tower = adapted.base_model.model
+        wanted = tower.encode_image(x) if wrapped else tower(x)
+    if wrapped:
+        with pytest.raises(ValueError, match='resblocks.*allow_partial'):
+            read_adapter(tmp_path, 2, 64)
+    with pytest.warns(UserWarning, match='no gradient'):
+        adapter = read_adapter(tmp_path, 2, 64, allow_partial=wrapped)
+    assert adapter.lora.targets == ('q', 'k', 'v', 'out')
+    lora = merge_as_peft(adapter.lora, adapted, backbone)
+    found = encode(backbone, x, lora).features
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+def merge_as_peft(lora, adapted, backbone):
+    "`lora` with `out` as often as peft merges it: 0.21.2 merges that of a MultiheadAttention twice."
+    merged = adapted.merge_and_unload()
+    visual = getattr(merged, 'visual', merged)
+    at = 'transformer.resblocks.0.attn.out_proj.weight'
+    change = visual.state_dict()[at] - backbone.weights[at]
+    times = (change / (lora.A[0, 3] @ lora.B[0, 3]).T).median().round()
+    assert times in (1, 2)
+    B = lora.B.clone()
+    B[:, 3] *= times
+    return replace(lora, B=B)
+
+
+def test_a_vit_of_transformers(tmp_path, x):
+    sizes = {k: v for k, v in TINY.items() if k != 'projection_dim'} | dict(num_hidden_layers=2)
+    model = randomise(transformers.ViTModel(transformers.ViTConfig(**sizes), False))
+    weights = model.state_dict()
+    block = 'layers.{i}.' if 'layers.0.layernorm_before.weight' in weights else 'encoder.layer.{i}.'
+    new = f'{block}attention.q_proj.weight'.format(i=0) in weights
+    split = [f'{c}_proj' for c in 'qkv'] if new else ['query', 'key', 'value']
+    at = f'{block}attention.' + ('' if new else 'attention.')
+    out = f'{block}attention.' + ('o_proj.' if new else 'output.dense.')
+    mlp = [f'{block}mlp.fc1.', f'{block}mlp.fc2.'] if new else None
+    mlp = mlp or [f'{block}intermediate.dense.', f'{block}output.dense.']
+    top = {
+        'class_embedding': 'embeddings.cls_token',
+        'positional_embedding': 'embeddings.position_embeddings',
+        'conv1.weight': 'embeddings.patch_embeddings.projection.weight',
+        'conv1.bias': 'embeddings.patch_embeddings.projection.bias',
+        'ln_post.weight': 'layernorm.weight',
+        'ln_post.bias': 'layernorm.bias',
+    }
+    blocks = {
+        'ln_1.': f'{block}layernorm_before.',
+        'ln_2.': f'{block}layernorm_after.',
+        'attn.in_proj_': tuple(f'{at}{s}.' for s in split),
+        'attn.out_proj.': out,
+        'mlp.c_fc.': mlp[0],
+        'mlp.c_proj.': mlp[1],
+    }
+    settings = dict(heads=2, patch=6, eps=model.config.layer_norm_eps)
+    backbone = vit_backbone(weights, vit_names(top, blocks), **settings)
+    names = [split[0], split[2], out.split('}.')[1].rstrip('.')]
+    adapted = trained(model, target_modules=names, lora_alpha=3)
+    adapted.save_pretrained(tmp_path)
+    with torch.no_grad():
+        wanted = adapted(pixel_values=x).last_hidden_state[:, 0]
+    adapter = check_features(tmp_path, adapted, backbone, x, wanted)
+    assert adapter.lora.targets == ('q', 'v', 'out')
+
+
+def test_an_adapter_of_numbers_of_8_bits(saved, tmp_path, x):
+    "Cast, not called damaged: the features are those of the rounded factors."
+    adapted = trained(tiny_model(), target_modules=['q_proj', 'out_proj'])
+    for name, weight in adapted.named_parameters():
+        if '.lora_' in name:
+            weight.data = weight.data.to(torch.float8_e4m3fn).float()
+    adapted.save_pretrained(tmp_path / 'a')
+    path = tmp_path / 'a' / 'adapter_model.safetensors'
+    save_file({k: t.to(torch.float8_e4m3fn) for k, t in load_file(path).items()}, path)
+    check_features(tmp_path / 'a', adapted, backbone_from_hf(saved), x)
+
+
+def test_adapters_that_name_different_base_models(tmp_path, saved):
+    backbone = backbone_from_hf(saved)
+    bases = ('openai/clip-vit-base-patch6', 'laion/CLIP-ViT-B-6', 'openai/clip-vit-base-patch32')
+    for i, base in enumerate(bases):
+        lora = new_lora(3, 16, 2, generator(i))
+        write_adapter(tmp_path / 'm' / f'a{i}', lora, base)
+    with pytest.warns(UserWarning) as seen:
+        market, _ = read_market(tmp_path / 'm', backbone, head='drop')
+    words = [str(w.message) for w in seen]
+    assert market.size == 3 and all(base in words[0] for base in bases)
+    assert 'patches have 32 pixels' in words[1] and 'a2' in words[1]
+    strict = Limits(mixed_bases='refuse')
+    with pytest.raises(ValueError, match='name 3 base models'):
+        read_market(tmp_path / 'm', backbone, head='drop', limits=strict)
+    for name in ('a1', 'a2'):
+        shutil.rmtree(tmp_path / 'm' / name)
+    read_market(tmp_path / 'm', backbone, head='drop', limits=strict)
+
+
+def test_what_the_folder_says_about_pixels_is_used(tmp_path, x):
+    "transformers 5 writes processor_config.json; pixels may be left as they are."
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    images = torch.rand(2, 3, 12, 12, generator=generator(0, 'pixels'))
+    found = lambda: encode(b := backbone_from_hf(tmp_path), normalise(images, b)).features
+    for settings in (
+        dict(image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7]),
+        dict(do_normalize=False),
+        dict(rescale_factor=1 / 127.5),
+        dict(do_rescale=False, image_mean=[100.0] * 3, image_std=[50.0] * 3),
+    ):
+        processor = transformers.CLIPImageProcessor(
+            **dict(do_resize=False, do_center_crop=False, size=12) | settings
+        )
+        pixels = (images * 255).round()
+        wanted = features(model, processor(pixels, return_tensors='pt')['pixel_values'])
+        say = json.loads(processor.to_json_string())
+        for name, content in (
+            ('processor_config.json', dict(image_processor=say)),
+            ('preprocessor_config.json', say),
+        ):
+            (tmp_path / name).write_text(json.dumps(content))
+            torch.testing.assert_close(found(), wanted, atol=0.2, rtol=0.02)
+            (tmp_path / name).unlink()
+    (tmp_path / 'processor_config.json').write_text(
+        json.dumps(dict(image_processor=dict(do_normalize=False)))
+    )
+    (tmp_path / 'preprocessor_config.json').write_text('{}')
+    with pytest.raises(ValueError, match='different things about pixels'):
+        backbone_from_hf(tmp_path)
 
 
 def test_a_trained_projection_is_no_head(tmp_path):
@@ -241,6 +618,7 @@ def test_a_trained_projection_is_no_head(tmp_path):
         (dict(use_dora=True), 'use_dora'),
         (dict(bias='all'), 'bias'),
         (dict(bias='lora_only'), 'bias'),
+        (dict(modules_to_save=['post_layernorm']), 'post_layernorm'),
         (dict(lora_bias=True), 'lora_bias'),
         (dict(init_lora_weights='pissa'), 'init_lora_weights'),
         (dict(init_lora_weights='olora'), 'init_lora_weights'),
@@ -342,8 +720,9 @@ def ours(tmp_path):
         backbone='tiny',
         config=dict(steps=3, note='a | b'),
         scores=[dict(set='greek', way=5, shot=1, accuracy=93.1, ci95=0.4)],
+        name='Ünïcode: "quoted"',
     )
-    write_adapter(tmp_path / 'meta', lora, 'someone/tiny-clip', made, name='Ünïcode: "quoted"')
+    write_adapter(tmp_path / 'meta', lora, 'someone/tiny-clip', made)
     return lora, tmp_path / 'meta'
 
 

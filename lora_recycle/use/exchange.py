@@ -14,8 +14,9 @@ import math
 import os
 import re
 import stat
+import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
@@ -25,22 +26,15 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..core import check_choice, check_int, digest
+from ..core import plain, save_tensors, write_json, write_text
 from ..method.backbone import OPENAI_MEAN, OPENAI_STD, Backbone
-from lora_recycle.core import (
-    check_choice,
-    check_int,
-    digest,
-    plain,
-    save_tensors,
-    write_json,
-    write_text,
-)
-from ..method.lora import LoRA, pad_rank, stack_loras
+from ..method.lora import TARGETS, LoRA, pad_rank, stack_loras, widen_targets
 
 # %% ../../nbs/2_use/00_exchange.ipynb #feeb2e4e
 @dataclass(frozen=True)
 class Limits:
-    "The most that a file of a stranger may hold; ValueError for a limit below 1. Sizes in bytes."
+    "The most that we take from a stranger, sizes in bytes; ValueError for a limit below 1."
 
     file_bytes: int = 2**28  # a safetensors file
     header_bytes: int = 2**20  # its header
@@ -51,14 +45,16 @@ class Limits:
     classes: int = 10_000  # of a head
     market_bytes: int = 2**32  # a market in memory, each LoRA padded to the highest rank
     largest: int = 10_000  # absolute value of a weight
-    links: bool = False  # whether symbolic links are followed
+    links: bool = False  # whether links are followed wherever they lead
+    mixed_bases: str = 'warn'  # adapters that name different base models: 'warn' or 'refuse'
 
     def __post_init__(self):
+        check_choice('mixed_bases', self.mixed_bases, ('warn', 'refuse'))
         for name, value in vars(self).items():
-            if name != 'links':
+            if name not in ('links', 'mixed_bases'):
                 check_int(name, value, 1)
 
-
+# %% ../../nbs/2_use/00_exchange.ipynb #a326074c
 def _short(x, most: int = 60) -> str:
     "`x` as it would be written in Python, cut to `most` characters: fit for a message."
     text = ascii(x if not isinstance(x, str) else x[: most + 1])
@@ -66,24 +62,52 @@ def _short(x, most: int = 60) -> str:
 
 
 def _brief(x):
-    "`x` itself if it is a number, None, or a short text, else `_short(x)`: what the checks of `core` may put into a message."
-    return (
-        x
-        if x is None or type(x) in (int, float, bool) or isinstance(x, str) and len(x) <= 60
-        else _short(x)
+    "`x` if it is a number, None or a short text, else `_short(x)`: fit for a message."
+    if x is None or type(x) in (int, float, bool):
+        return x
+    return x if isinstance(x, str) and len(x) <= 60 else _short(x)
+
+
+def _names(modules) -> str:
+    "The first few of `modules`, for a message."
+    more = f' and {len(modules) - 4} more' if len(modules) > 4 else ''
+    return ', '.join(_short(m, 90) for m in modules[:4]) + more
+
+# %% ../../nbs/2_use/00_exchange.ipynb #91f2d01b
+_BLOB = re.compile(r'(?:\.\./){2,8}blobs/[0-9a-f]{40}(?:[0-9a-f]{24})?')
+
+
+def _hub_blob(path) -> Path | None:
+    "The blob that the link `path` of the hub's cache stands for; None for any other link."
+    target = os.readlink(path)
+    if not _BLOB.fullmatch(target):
+        return None
+    here = Path(os.path.abspath(path))
+    blob = Path(os.path.normpath(here.parent / target))
+    repository = blob.parent.parent
+    cached = repository.name.startswith('models--') and repository / 'snapshots' in here.parents
+    return blob if cached and not os.path.islink(blob) and not os.path.islink(blob.parent) else None
+
+
+def _check_link(path, limits: Limits) -> Path:
+    "`path`, or the blob of the hub's cache behind it; ValueError for another link, unless allowed."
+    if limits.links or not os.path.islink(path):
+        return Path(path)
+    if blob := _hub_blob(path):
+        return blob
+    raise ValueError(
+        f'{path} is a link. Put the file itself there, or, if you made the link, read it with '
+        'limits=Limits(links=True).'
     )
 
-
+# %% ../../nbs/2_use/00_exchange.ipynb #12f68428
 @contextmanager
 def _opened(path: Path, limits: Limits):
-    "The plain file `path`, open, and its size; no pipe is waited for, no link followed unless `limits` says so."
+    "The plain file `path`, open, and its size; no pipe is waited for, no strange link followed."
+    path = _check_link(path, limits)
     flags = os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
     if not limits.links:
         flags |= getattr(os, 'O_NOFOLLOW', 0)
-    if os.path.islink(path) and not limits.links:
-        raise ValueError(
-            f'{path} is a link. Put the file itself there, or set Limits(links=True) if you made the link.'
-        )
     try:
         handle = os.open(path, flags)
     except FileNotFoundError:
@@ -92,26 +116,27 @@ def _opened(path: Path, limits: Limits):
         ) from None
     except OSError as err:
         raise ValueError(f'{path} cannot be read ({err.strerror}).') from err
-    found = os.fstat(handle)
-    if not stat.S_ISREG(found.st_mode):
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
         os.close(handle)
         raise ValueError(f'{path} is not a plain file.')
     with os.fdopen(handle, 'rb') as f:
-        yield f, found.st_size
+        yield f, status.st_size
 
 # %% ../../nbs/2_use/00_exchange.ipynb #e20b3e1a
 def _depth(text: str) -> int:
     "Deepest nesting of the JSON `text`, strings left out; linear in its length."
     bare = re.sub(r'"[^"\\]*(?:\\.[^"\\]*)*"?', '', text, flags=re.DOTALL)
-    return max(accumulate((c in '[{') - (c in ']}') for c in bare), default=0) if bare else 0
+    steps = ((c in '[{') - (c in ']}') for c in bare)
+    return max(accumulate(steps), default=0)
 
 
 def _once(pairs: list) -> dict:
     "`pairs` as a dict; ValueError if a key occurs twice."
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         raise ValueError('a key occurs twice')
-    return found
+    return unique
 
 
 def _whole(digits: str) -> int:
@@ -125,13 +150,17 @@ def _no_constant(word: str):
     "NaN and Infinity are no JSON: ValueError."
     raise ValueError(f'{word} is no JSON')
 
-
-def parse_json(data: bytes, name: str, depth: int = 16):
-    "The value of the JSON `data`; ValueError with `name` for anything that is not plain JSON in UTF-8, nested at most `depth` deep."
+# %% ../../nbs/2_use/00_exchange.ipynb #fb8c0fc2
+def parse_json(
+    data: bytes,  # what claims to be JSON in UTF-8
+    name: str,  # what a message calls it
+    depth: int = 16,  # the deepest nesting that is legal
+):  # the value
+    "The value of the JSON `data`; ValueError with `name` for anything that is not plain JSON."
     try:
         text = data.decode()
-        if (found := _depth(text)) > depth:
-            raise ValueError(f'it is nested {found} deep, {depth} is the most')
+        if (levels := _depth(text)) > depth:
+            raise ValueError(f'it is nested {levels} deep, {depth} is the most')
         return json.loads(
             text, parse_int=_whole, parse_constant=_no_constant, object_pairs_hook=_once
         )
@@ -139,8 +168,11 @@ def parse_json(data: bytes, name: str, depth: int = 16):
         raise ValueError(f'{name} is not sound JSON: {err}') from None
 
 
-def read_json(path, limits: Limits = Limits()) -> dict:
-    "The JSON object in the file `path`; ValueError if it is no object, too large, too deep or not JSON, FileNotFoundError if it is absent."
+def read_json(
+    path,  # the file
+    limits: Limits = Limits(),  # the most that it may hold
+) -> dict:
+    "The JSON object in the file `path`; ValueError, FileNotFoundError."
     with _opened(Path(path), limits) as (f, size):
         if size > limits.json_bytes:
             raise ValueError(f'{path} has {size} bytes; {limits.json_bytes} is the most')
@@ -150,13 +182,11 @@ def read_json(path, limits: Limits = Limits()) -> dict:
     return value
 
 # %% ../../nbs/2_use/00_exchange.ipynb #3f38ce49
-_BYTES = {
-    'F64': 8,
-    'F32': 4,
-    'F16': 2,
-    'BF16': 2,
-    'I64': 8,
-}  # bytes of a number, for the types that are accepted
+_BYTES = dict(F64=8, F32=4, F16=2, BF16=2, F8_E4M3=1, F8_E5M2=1, I64=8)  # of a number
+
+
+class _Foreign(ValueError):
+    "A sound file that holds what we do not read."
 
 
 def _is_size(x, low: int = 0) -> bool:
@@ -165,32 +195,47 @@ def _is_size(x, low: int = 0) -> bool:
 
 
 def _span(name: str, entry) -> tuple[int, int]:
-    "First and last byte of tensor `name` by its header `entry`; ValueError if type, shape and bytes do not agree."
+    "First and last byte of tensor `name` by its header `entry`; ValueError if they do not agree."
     entry = entry if isinstance(entry, dict) else {}
     kind, shape, span = (entry.get(k) for k in ('dtype', 'shape', 'data_offsets'))
     if not isinstance(kind, str) or kind not in _BYTES:
-        raise ValueError(f'{_short(name)} is of type {_short(kind)}; known: {", ".join(_BYTES)}')
+        raise _Foreign(
+            f'{_short(name)} is of type {_short(kind)}; known: {", ".join(_BYTES)}. '
+            'Cast it to one of them and save it again.'
+        )
     if not isinstance(shape, list) or len(shape) > 8 or not all(_is_size(n, 1) for n in shape):
         raise ValueError(f'{_short(name)} has shape {_short(shape)}')
     if not isinstance(span, list) or len(span) != 2 or not all(map(_is_size, span)):
         raise ValueError(f'{_short(name)} has data_offsets {_short(span)}')
-    if span[1] - span[0] != _BYTES[kind] * math.prod(shape):
-        raise ValueError(
-            f'{_short(name)} {kind} {shape} does not fill its {span[1] - span[0]} bytes'
-        )
+    n_bytes = span[1] - span[0]
+    if n_bytes != _BYTES[kind] * math.prod(shape):
+        raise ValueError(f'{_short(name)} {kind} {shape} does not fill its {n_bytes} bytes')
     return tuple(span)
+
+# %% ../../nbs/2_use/00_exchange.ipynb #b9a11465
+def _check_spans(entries: dict, n_bytes: int) -> None:
+    "ValueError unless the tensors of the header `entries` fill `n_bytes`, one behind the other."
+    end = 0
+    for first_byte, last, name in sorted((*_span(k, e), k) for k, e in entries.items()):
+        if first_byte != end:
+            raise ValueError(
+                f'{_short(name)} begins at byte {first_byte}, not {end}: '
+                'tensors overlap or leave a gap'
+            )
+        end = last
+    if end != n_bytes:
+        raise ValueError(f'its tensors fill {end} of {n_bytes} bytes')
 
 
 def _header(f, size: int, limits: Limits) -> tuple[bytes, dict]:
-    "The first bytes of the open file `f`, up to the numbers, and name -> (type, shape); ValueError if they do not account for all `size` bytes."
+    "The bytes of the open file `f` up to the numbers, and name -> (type, shape); ValueError."
     if not 8 <= size <= limits.file_bytes:
         raise ValueError(f'it has {size} bytes; 8 to {limits.file_bytes} are legal')
     first = f.read(8)
     length = int.from_bytes(first, 'little')
-    if length > min(limits.header_bytes, size - 8):
-        raise ValueError(
-            f'its header claims {length} bytes; {min(limits.header_bytes, size - 8)} is the most'
-        )
+    most = min(limits.header_bytes, size - 8)
+    if length > most:
+        raise ValueError(f'its header claims {length} bytes; {most} is the most')
     text = f.read(length)
     entries = parse_json(text, 'its header', limits.depth)
     if not isinstance(entries, dict):
@@ -198,75 +243,80 @@ def _header(f, size: int, limits: Limits) -> tuple[bytes, dict]:
     notes = entries.pop('__metadata__', {})
     if not isinstance(notes, dict) or not all(isinstance(v, str) for v in notes.values()):
         raise ValueError('its __metadata__ must be texts by name')
-    end = 0
-    for first_byte, last, name in sorted((*_span(k, e), k) for k, e in entries.items()):
-        if first_byte != end:
-            raise ValueError(
-                f'{_short(name)} begins at byte {first_byte}, not {end}: tensors overlap or leave a gap'
-            )
-        end = last
-    if end != size - 8 - length:
-        raise ValueError(f'its tensors fill {end} of {size - 8 - length} bytes')
+    _check_spans(entries, size - 8 - length)
     return first + text, {k: (e['dtype'], tuple(e['shape'])) for k, e in entries.items()}
+
+# %% ../../nbs/2_use/00_exchange.ipynb #4c030ff1
+@contextmanager
+def _blamed(path):
+    "Errors about the content of `path` name the file, and say whether it is damaged or foreign."
+    try:
+        yield
+    except _Foreign as err:
+        raise ValueError(f'{path} is sound, but cannot be used: {err}') from None
+    except ValueError as err:
+        raise ValueError(f'{path} is damaged: {err}') from None
+
+
+def tensor_header(
+    path,  # a safetensors file
+    limits: Limits = Limits(),  # the most that it may hold
+) -> dict[str, tuple[str, tuple]]:  # name -> (type, shape)
+    "The header of a safetensors file, its numbers unread; ValueError, FileNotFoundError."
+    with _opened(Path(path), limits) as (f, size), _blamed(path):
+        return _header(f, size, limits)[1]
 
 
 def _shapes(header: dict, whole: tuple = ()) -> dict[str, tuple]:
-    "Name -> shape of a `tensor_header`; ValueError for whole numbers, except in tensors whose names end like one of `whole`."
-    wrong = [
-        name for name, (kind, _) in header.items() if kind == 'I64' and not name.endswith(whole)
-    ]
-    if wrong:
-        raise ValueError(f'{_short(wrong[0], 120)} holds whole numbers (I64); weights are floats')
+    "Name -> shape of a `tensor_header`; ValueError for whole numbers, but in `whole` names."
+    for name, (kind, _) in header.items():
+        if kind == 'I64' and not name.endswith(whole):
+            raise ValueError(f'{_short(name, 120)} holds whole numbers (I64); weights are floats')
     return {name: shape for name, (_, shape) in header.items()}
 
-
-def tensor_header(path, limits: Limits = Limits()) -> dict[str, tuple[str, tuple]]:
-    "Name -> (type, shape) of the safetensors file `path`, its numbers unread; ValueError if it is not sound, FileNotFoundError if it is absent."
-    with _opened(Path(path), limits) as (f, size):
-        try:
-            return _header(f, size, limits)[1]
-        except ValueError as err:
-            raise ValueError(f'{path} is damaged: {err}') from None
-
 # %% ../../nbs/2_use/00_exchange.ipynb #320c0986
+def _check_numbers(tensors: dict[str, Tensor], largest: int) -> None:
+    "ValueError if one of the float `tensors` holds NaN, infinity, or a number beyond `largest`."
+    for name, t in tensors.items():
+        if t.is_floating_point() and not t.abs().max() <= largest:
+            raise ValueError(f'{_short(name)} holds NaN, infinity, or a number beyond ±{largest}')
+
+
 def _load(f, size: int, header: dict, limits: Limits, sha256: str | None) -> dict[str, Tensor]:
     "All tensors of the open file `f`, see `read_tensors`; ValueError with the bare reason."
-    first, found = _header(f, size, limits)
-    if found != header:
+    first, present = _header(f, size, limits)
+    if present != header:
         raise ValueError('its header has changed since it was checked')
     data = first + f.read(size - len(first))
     if len(data) != size:
         raise ValueError(f'it ends after {len(data)} of {size} bytes')
-    if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
-        raise ValueError(f'its sha256 is {found[:12]}…, not {sha256[:12]}…')
+    if sha256 is not None and (computed := hashlib.sha256(data).hexdigest()) != sha256:
+        raise ValueError(f'its sha256 is {computed[:12]}…, not {sha256[:12]}…')
     try:
         tensors = safetensors.torch.load(data)
     except safetensors.SafetensorError as err:
         raise ValueError(_short(str(err), 200)) from None
     tensors = {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}
-    for name, t in tensors.items():
-        if t.is_floating_point() and not t.abs().max() <= limits.largest:
-            raise ValueError(
-                f'{_short(name)} holds NaN, infinity, or a number beyond ±{limits.largest}'
-            )
+    _check_numbers(tensors, limits.largest)
     return tensors
 
-
+# %% ../../nbs/2_use/00_exchange.ipynb #e4c7e114
 def read_tensors(
-    path, header: dict, limits: Limits = Limits(), sha256: str | None = None
-) -> dict[str, Tensor]:
-    """Tensors of the safetensors file `path` whose `tensor_header` is `header`, floats as float32, on the CPU.
-
-    ValueError if the file has changed, its digest is not `sha256`, or a number is not finite or too large; FileNotFoundError if it is absent."""
-    with _opened(Path(path), limits) as (f, size):
-        try:
-            return _load(f, size, header, limits, sha256)
-        except ValueError as err:
-            raise ValueError(f'{path} is damaged: {err}') from None
+    path,  # a safetensors file
+    header: dict,  # its `tensor_header`, which was checked
+    limits: Limits = Limits(),  # the most that it may hold
+    sha256: str | None = None,  # the digest that it must have; None: any
+) -> dict[str, Tensor]:  # floats as float32, on the CPU
+    "Tensors of a safetensors file; ValueError if it has changed or is damaged."
+    with _opened(Path(path), limits) as (f, size), _blamed(path):
+        return _load(f, size, header, limits, sha256)
 
 # %% ../../nbs/2_use/00_exchange.ipynb #63f77313
-def pattern_fits(pattern: str, module: str) -> bool:
-    "Whether PEFT applies `pattern` to `module`: it is the name, or its end after a dot. ValueError if it is more than a name."
+def pattern_fits(
+    pattern: str,  # a key of `rank_pattern` or `alpha_pattern`
+    module: str,  # the full name of a module
+) -> bool:
+    "Whether PEFT applies `pattern` to `module`; ValueError if it is more than a name."
     body = pattern.removeprefix('^').removesuffix('$')
     parts = re.findall(r'\\\.|[A-Za-z0-9_.]', body)
     if not parts or ''.join(parts) != body:
@@ -280,18 +330,21 @@ def pattern_fits(pattern: str, module: str) -> bool:
 
 
 def _from_pattern(config: dict, key: str, module: str, default):
-    "What `config[key]`, pattern -> number, says for `module`; `default` if no pattern fits. The first that fits counts."
+    "What `config[key]`, pattern -> number, says for `module`; the first that fits, or `default`."
     patterns = config.get(key) or {}
     if not isinstance(patterns, dict) or len(patterns) > 1000:
         raise ValueError(f'{key} must map at most 1000 module names to numbers')
     return next((v for p, v in patterns.items() if pattern_fits(p, module)), default)
 
-
-def module_scaling(config: dict, module: str, max_rank: int = 128) -> tuple[int, float]:
-    "Rank r and scale (alpha / r, or alpha / sqrt(r) with use_rslora) of `module` by the PEFT settings `config`; ValueError if they are not legal."
-    rank = check_int(
-        'r', _brief(_from_pattern(config, 'rank_pattern', module, config.get('r'))), 1, max_rank
-    )
+# %% ../../nbs/2_use/00_exchange.ipynb #fa551ff8
+def module_scaling(
+    config: dict,  # the PEFT settings
+    module: str,  # the full name of a module
+    max_rank: int = 128,  # the largest legal rank
+) -> tuple[int, float]:  # rank r, scale alpha / r or, with use_rslora, alpha / sqrt(r)
+    "Rank and scale of `module` by the PEFT settings; ValueError if they are not legal."
+    rank = _from_pattern(config, 'rank_pattern', module, config.get('r'))
+    rank = check_int('r', _brief(rank), 1, max_rank)
     alpha = _from_pattern(config, 'alpha_pattern', module, config.get('lora_alpha'))
     if type(alpha) not in (int, float) or not abs(alpha) <= 1e6:
         raise ValueError(
@@ -303,173 +356,340 @@ def module_scaling(config: dict, module: str, max_rank: int = 128) -> tuple[int,
     return rank, alpha / (math.sqrt(rank) if stable else rank)
 
 # %% ../../nbs/2_use/00_exchange.ipynb #935d1e72
-_NEUTRAL = """peft_type r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform layers_pattern modules_to_save
- init_lora_weights bias base_model_name_or_path auto_mapping task_type revision inference_mode lora_dropout peft_version runtime_config megatron_core qalora_group_size
- loftq_config eva_config corda_config lora_ga_config""".split()  # settings that `read_adapter` looks at, or that do not change what a trained adapter computes
-_STARTS = (
-    True,
-    False,
-    None,
-    'gaussian',
-    'eva',
-    'orthogonal',
-)  # starts of A and B that leave the frozen weights alone
+# what `read_adapter` looks at, or what does not change what a trained adapter computes
+_NEUTRAL = """peft_type r lora_alpha use_rslora rank_pattern alpha_pattern target_modules
+ exclude_modules layers_to_transform layers_pattern modules_to_save init_lora_weights bias
+ base_model_name_or_path auto_mapping task_type revision inference_mode lora_dropout peft_version
+ runtime_config megatron_core qalora_group_size loftq_config eva_config corda_config
+ lora_ga_config""".split()
+# starts of A and B that leave the frozen weights alone
+_STARTS = (True, False, None, 'gaussian', 'eva', 'orthogonal')
 
 
-def check_adapter_config(config: dict) -> None:
-    "ValueError if the PEFT settings `config` ask for anything but plain LoRA: x -> W x + scale B A x."
+def check_adapter_config(
+    config: dict,  # PEFT settings
+) -> None:
+    "ValueError if PEFT settings ask for anything but plain LoRA: x -> W x + scale B A x."
     kind = config.get('peft_type')
     if kind != 'LORA':
         raise ValueError(f'peft_type={_short(kind)} is not LORA; only LoRA adapters can be read')
-    if config.get('bias', 'none') != 'none':
-        raise ValueError(
-            f"bias={_short(config['bias'])}: trained biases cannot be read, only bias='none'"
-        )
+    bias = config.get('bias', 'none')
+    if bias != 'none':
+        raise ValueError(f"bias={_short(bias)}: trained biases cannot be read, only bias='none'")
     start = config.get('init_lora_weights')
     if not (start is None or type(start) in (bool, str)) or start not in _STARTS:
         raise ValueError(
-            f'init_lora_weights={_short(start)} may change the frozen weights; save it with path_initial_model_for_weight_conversion to get a plain LoRA'
+            f'init_lora_weights={_short(start)} may change the frozen weights; save it with '
+            'path_initial_model_for_weight_conversion to get a plain LoRA'
         )
     wrong = [k for k, v in config.items() if k not in _NEUTRAL and v]
     if wrong:
         raise ValueError(
-            f'{_short(wrong[0])}={_short(config[wrong[0]])} is set; only plain LoRA can be read, with this setting off'
+            f'{_short(wrong[0])}={_short(config[wrong[0]])} is set; '
+            'only plain LoRA can be read, with this setting off'
         )
 
+# %% ../../nbs/2_use/00_exchange.ipynb #1cee0703
+@dataclass(frozen=True)
+class _Layout:
+    "How a library names the products of attention in a block, and which classes have such a tower."
 
-def _expected(config: dict, which: str) -> bool:
-    "Whether the settings say that `which` ('q_proj' or 'v_proj') of every layer is tuned."
-    targets = config.get('target_modules')
-    everywhere = (
-        not config.get('layers_to_transform')
-        and config.get('layers_to_transform') != 0
-        and not config.get('exclude_modules')
-    )
-    return isinstance(targets, list) and which in targets and everywhere
+    block: str  # regular expression up to the product; its group is the layer
+    products: dict  # name of a product -> what it is, several targets if they are fused
+    classes: tuple[str, ...]  # as `auto_mapping` of PEFT records them
+    certain: bool = True  # whether such names are of an image tower, even without a path
+
+# %% ../../nbs/2_use/00_exchange.ipynb #fc56c787
+_FUSED = ('q', 'k', 'v')
+_SPLIT = {f'{c}_proj': (c,) for c in 'qkv'}
+_OLD = dict(zip(('attention.query', 'attention.key', 'attention.value'), (('q',), ('k',), ('v',))))
+_CLIPS = ('CLIPVisionModelWithProjection', 'CLIPVisionModel', 'CLIPModel')
+_LAYOUTS = (
+    _Layout(
+        r'encoder\.layers\.([0-9]{1,3})\.self_attn\.',
+        _SPLIT | {'out_proj': ('out',)},
+        (*_CLIPS, 'CLIPForImageClassification'),
+        certain=False,
+    ),
+    _Layout(
+        r'(?:encoder\.)?layers?\.([0-9]{1,3})\.attention\.',
+        _SPLIT | _OLD | {'o_proj': ('out',), 'output.dense': ('out',)},
+        ('ViTModel', 'ViTForImageClassification', 'DeiTModel', 'DeiTForImageClassification'),
+    ),
+    _Layout(
+        r'blocks\.([0-9]{1,3})\.attn\.',
+        {'qkv': _FUSED, 'proj': ('out',)},
+        ('VisionTransformer', 'VisionTransformerDistilled'),
+    ),
+    _Layout(
+        r'(?:transformer\.)?resblocks\.([0-9]{1,3})\.',
+        {'attn': _FUSED, 'attn.out_proj': ('out',)},
+        ('VisionTransformer', 'CLIP', 'CustomTextCLIP'),
+        certain=False,
+    ),
+)
+
+# %% ../../nbs/2_use/00_exchange.ipynb #9611bbcb
+_WRAPPERS = {'_orig_mod', 'module', '_fsdp_wrapped_module', '_checkpoint_wrapped_module'}
+_WRAPPERS |= {'base_layer'}
+_IMAGE = set('vision_model visual vision vision_tower vision_encoder visual_encoder'.split())
+_IMAGE |= set('image_encoder image_tower image_model vit deit'.split())
+_TEXT = set('text_model text text_tower text_encoder language_model'.split())
+
+
+@dataclass(frozen=True)
+class _Place:
+    "Where a module stands: layout, path before the block, layer (0 is the first), targets."
+
+    layout: _Layout
+    path: str
+    layer: int
+    targets: tuple[str, ...]
+
+    @property
+    def tower(self) -> str:
+        "'image', 'text', or 'unsaid'."
+        parts = set(self.path.split('.'))
+        if parts & _TEXT:
+            return 'text'
+        return 'image' if self.layout.certain or parts & _IMAGE else 'unsaid'
+
+
+def _unwrap(name: str) -> str:
+    "`name` without what wraps a model and changes nothing."
+    parts = [p for p in name.split('.') if p not in _WRAPPERS]
+    while parts[:2] == ['base_model', 'model']:
+        parts = parts[2:]
+    return '.'.join(parts)
+
+# %% ../../nbs/2_use/00_exchange.ipynb #902237f8
+def _find_place(module: str) -> _Place | None:
+    "The place of `module` by its name; None if it is no product of attention."
+    name = _unwrap(module)
+    for layout in _LAYOUTS:
+        path = re.fullmatch(rf'((?:\w+\.){{0,8}}?){layout.block}(.+)', name, re.ASCII)
+        if path and path[3] in layout.products:
+            return _Place(layout, path[1], int(path[2]), layout.products[path[3]])
+    return None
+
+# %% ../../nbs/2_use/00_exchange.ipynb #68f1fd2f
+_UNRECORDED = (
+    'its settings do not record the class of the model it was tuned on (auto_mapping), so it '
+    'cannot be told whether it is a LoRA of this image tower; it is read as one'
+)
+
+
+def _recorded_class(config: dict) -> tuple[str | None, str]:
+    "Class of the tuned model and its library, by `auto_mapping`; None, '' if they are not there."
+    mapping = config.get('auto_mapping')
+    mapping = mapping if isinstance(mapping, dict) else {}
+    name, library = (mapping.get(k) for k in ('base_model_class', 'parent_library'))
+    known = isinstance(name, str) and 0 < len(name) <= 200
+    return (name, library if isinstance(library, str) else '') if known else (None, '')
+
+
+def _check_class(config: dict, place: _Place) -> tuple[str, ...]:
+    "What cannot be told about the model behind `place`; ValueError if its class does not fit."
+    name, library = _recorded_class(config)
+    if name is None:
+        return (_UNRECORDED,)
+    fits = place.layout.classes
+    public = library.split('.')[0] in ('transformers', 'timm', 'open_clip', 'diffusers')
+    two_towers = name in ('CLIP', 'CustomTextCLIP', 'CLIPModel')  # they name the image tower
+    unsaid = place.tower == 'unsaid'
+    wrong = name not in fits if public else unsaid and 'Text' in name
+    if wrong or unsaid and two_towers:
+        raise ValueError(
+            f'it was tuned on {_short(name)}'
+            f'{", on its text tower" if two_towers else ""}; classes that fit: {", ".join(fits)}'
+        )
+    return (_UNRECORDED.replace('record', 'explain', 1),) if unsaid and not public else ()
 
 # %% ../../nbs/2_use/00_exchange.ipynb #1d99e611
-_PAIR = re.compile(
-    r'base_model\.model\.((?:vision_model\.)?encoder\.layers\.([0-9]{1,3})\.self_attn\.([qv])_proj)\.(.{1,200})',
-    re.DOTALL,
-)
 _HEAD = re.compile(
-    r'base_model\.model\.(?:[a-z_]{1,40}\.)?(?:classifier|head|visual_head)\.(?:modules_to_save\.)?(weight|bias)'
+    r'(?:\w+\.){0,4}(?:classifier|head|visual_head|classification_head|fc)\.'
+    r'(?:modules_to_save\.)?(?:default\.)?(weight|bias)',
+    re.ASCII,
 )
+_FACTOR = re.compile(r'([AB])(?:\.[\w-]{1,60})?\.weight', re.ASCII)
 
 
-def _sort_keys(shapes: dict) -> tuple[dict, dict, list]:
-    "The names in `shapes`, sorted: q and v pairs by (layer, 0 or 1) as (module, {'A', 'B'}), head keys, other modules. ValueError for what no plain LoRA has."
-    pairs, head, other = {}, {}, set()
+@dataclass(frozen=True)
+class _Pair:
+    "A product of an adapter: its module, its place, and the keys of 'A' and 'B'."
+
+    module: str
+    place: _Place
+    keys: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Sorted:
+    "The names of an adapter: pairs of the image tower, head keys by 'weight' and 'bias', the rest."
+
+    pairs: tuple[_Pair, ...]
+    head: dict[str, str]
+    other: tuple[str, ...]
+
+
+def _pick_tower(pairs: dict[str, _Pair]) -> tuple[list, list]:
+    "The pairs of the image tower and the modules of others; unsaid ones count if none says image."
+    towers = {pair.place.tower for pair in pairs.values()}
+    wanted = 'image' if 'image' in towers else 'unsaid'
+    chosen = [pair for pair in pairs.values() if pair.place.tower == wanted]
+    return chosen, [pair.module for pair in pairs.values() if pair.place.tower != wanted]
+
+# %% ../../nbs/2_use/00_exchange.ipynb #d64ec760
+def _check_twins(pairs: list[_Pair]) -> None:
+    "ValueError if two of `pairs` are the same product of a layer, or of two towers."
+    seen = {}
+    for pair in pairs:
+        for target in pair.place.targets:
+            first = seen.setdefault((pair.place.layer, target), pair)
+            if first is not pair:
+                raise ValueError(f'{pair.module} stands for the same layer as {first.module}')
+    if len({pair.place.path for pair in pairs}) > 1:
+        raise ValueError(f'{pairs[0].module} and {pairs[-1].module} are not of one tower')
+
+# %% ../../nbs/2_use/00_exchange.ipynb #62e44196
+def _sort_keys(shapes: dict) -> _Sorted:
+    "The names in `shapes`, sorted; ValueError for what no plain LoRA has."
+    pairs = {}
+    head = {}
+    other = set()
     for key in sorted(shapes):
-        if pair := _PAIR.fullmatch(key):
-            if pair[4] not in ('lora_A.weight', 'lora_B.weight'):
+        module, _, rest = key.partition('.lora_')
+        if rest and len(module) <= 400 and (place := _find_place(module)):
+            factor = _FACTOR.fullmatch(rest)
+            if not factor:
                 raise ValueError(f'{_short(key, 120)} is not part of a plain LoRA')
-            module, parts = pairs.setdefault((int(pair[2]), 'qv'.index(pair[3])), (pair[1], {}))
-            if module != pair[1]:
-                raise ValueError(f'{_short(key, 120)} stands for the same layer as {module}')
-            parts[pair[4][5]] = shapes[key]
-        elif found := _HEAD.fullmatch(key):
-            if found[1] in head:
-                raise ValueError(
-                    f'{_short(key, 120)} and {_short(head[found[1]], 120)} are both heads; one is legal'
-                )
-            head[found[1]] = key
+            name = module.removeprefix('base_model.model.')
+            keys = pairs.setdefault(module, _Pair(name, place)).keys
+            if factor[1] in keys:
+                raise ValueError(f'{_short(key, 120)} stands for the same layer as {keys["A"]}')
+            keys[factor[1]] = key
+        elif len(key) <= 400 and (kind := _HEAD.fullmatch(_unwrap(key))):
+            if kind[1] in head:
+                both = f'{_short(key, 120)} and {_short(head[kind[1]], 120)}'
+                raise ValueError(f'{both} are both heads; one is legal')
+            head[kind[1]] = key
         else:
-            other.add(re.split(r'\.lora_', key.removeprefix('base_model.model.'))[0])
-    return pairs, head, sorted(other)
-
-
-def _of_images(config: dict) -> bool:
-    "Whether the settings say that the model was a CLIPForImageClassification."
-    return (
-        isinstance(config.get('auto_mapping'), dict)
-        and config['auto_mapping'].get('base_model_class') == 'CLIPForImageClassification'
-    )
-
-
-def _names(modules) -> str:
-    "The first few of `modules`, for a message."
-    return ', '.join(_short(m, 90) for m in modules[:4]) + (
-        f' and {len(modules) - 4} more' if len(modules) > 4 else ''
-    )
+            other.add(module.removeprefix('base_model.model.'))
+    chosen, rest = _pick_tower(pairs)
+    _check_twins(chosen)
+    return _Sorted(tuple(chosen), head, tuple(sorted(other | set(rest))))
 
 # %% ../../nbs/2_use/00_exchange.ipynb #22dc4f29
-def _check_head(shapes: dict, out_dim: int | None, limits: Limits) -> None:
-    "ValueError unless shapes['W'] is [out_dim,C] and shapes['b'], if there, [C]; any out_dim if None."
-    W, b = shapes.get('W', ()), shapes.get('b')
-    good = (
-        len(W) == 2
-        and (out_dim is None or W[0] == out_dim)
-        and 2 <= W[1] <= limits.classes
-        and b in (None, W[1:])
-    )
-    if not good:
-        raise ValueError(
-            f'its head has W {list(W)}, b {list(b or ())}; W must be [{out_dim or "D_out"},C] and b [C], C from 2 to {limits.classes}'
-        )
+@dataclass(frozen=True)
+class _Tower:
+    "What an adapter must fit: layers, width, and width of a feature (None: any)."
+
+    layers: int
+    width: int
+    out_dim: int | None = None
 
 
 @dataclass(frozen=True)
 class _Plan:
-    "Where the parts of a LoRA lie in an adapter: pairs[layer, 0 for q or 1 for v] = (module, rank, scale); head['weight' | 'bias'] = key; modules left out."
+    "What is read from an adapter: (pair, rank, scale) of each product, head keys, the rest, notes."
 
-    pairs: dict
+    pairs: tuple
     head: dict
-    ignored: tuple
+    ignored: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        "What is tuned, in the order of `TARGETS`; q and v at least, as in the paper."
+        tuned = {target for pair, _, _ in self.pairs for target in pair.place.targets}
+        return ('q', 'v') if tuned <= {'q', 'v'} else tuple(t for t in TARGETS if t in tuned)
 
 
-def _plan(
-    shapes: dict,
-    config: dict,
-    layers: int,
-    width: int,
-    out_dim: int | None,
-    allow_partial: bool,
-    limits: Limits,
-) -> _Plan:
-    "What to read from an adapter with tensors `shapes` (name -> shape); ValueError unless it fits `layers`, `width` and `out_dim`."
-    found, head, other = _sort_keys(shapes)
-    if head and _of_images(config):
+def _check_head(shapes: dict, out_dim: int | None, limits: Limits) -> None:
+    "ValueError unless shapes['W'] is [out_dim,C] and shapes['b'], if there, [C]."
+    W = shapes.get('W', ())
+    b = shapes.get('b')
+    sound = len(W) == 2 and (out_dim is None or W[0] == out_dim)
+    if not (sound and 2 <= W[1] <= limits.classes and b in (None, W[1:])):
+        raise ValueError(
+            f'its head has W {list(W)}, b {list(b or ())}; W must be [{out_dim or "D_out"},C] '
+            f'and b [C], C from 2 to {limits.classes}'
+        )
+
+# %% ../../nbs/2_use/00_exchange.ipynb #14446389
+def _check_everywhere(pairs: tuple[_Pair, ...], config: dict, layers: int) -> None:
+    "ValueError if the settings tune a product in every layer and one of `layers` lacks it."
+    targets = config.get('target_modules')
+    chosen = config.get('layers_to_transform')
+    if not isinstance(targets, list) or chosen or chosen == 0 or config.get('exclude_modules'):
+        return
+    tails = {}
+    for pair in pairs:
+        name = _unwrap(pair.module)
+        tail = name[len(pair.place.path) :].partition(f'.{pair.place.layer}.')[2]
+        tails.setdefault(tail, set()).add(pair.place.layer)
+    for tail, present in tails.items():
+        everywhere = any(isinstance(t, str) and f'.{tail}'.endswith(f'.{t}') for t in targets)
+        lost = sorted(set(range(layers)) - present)
+        if everywhere and lost:
+            raise ValueError(
+                f'its settings tune {tail.rpartition(".")[2]} everywhere, but there is none for '
+                f'layer {lost[0]} of {layers}'
+            )
+
+# %% ../../nbs/2_use/00_exchange.ipynb #134dc447
+def _scaled_pairs(pairs: tuple[_Pair, ...], shapes: dict, config: dict, width: int, most: int):
+    "(pair, rank, scale) of each of `pairs`; ValueError unless shapes, settings and `width` agree."
+    for pair in pairs:
+        module = pair.module.removesuffix('.base_layer.out_proj')
+        rank, scale = module_scaling(config, module, most)
+        factors = {k: shapes[key] for k, key in pair.keys.items()}
+        fitting = {'A': (rank, width), 'B': (len(pair.place.targets) * width, rank)}
+        if factors != fitting:
+            raise ValueError(
+                f'{pair.module} holds {factors}; A {fitting["A"]}, B {fitting["B"]} are expected'
+            )
+        yield pair, rank, scale
+
+# %% ../../nbs/2_use/00_exchange.ipynb #10fe1e32
+def _check_rest(names: _Sorted, allow_partial: bool) -> None:
+    "ValueError if an adapter has no product of an image tower, or more than we read."
+    if not names.pairs:
+        text = ' They are of a text tower.' if any('text' in n for n in names.other) else ''
+        raise ValueError(
+            'it has no q, k, v or out of the attention of an image tower; its other modules: '
+            f'{_names(names.other) or "none"}.{text} Known names: self_attn.q_proj, '
+            'attention.query, attn.qkv, attn'
+        )
+    if names.other and not allow_partial:
+        raise ValueError(
+            f'it also changes {_names(names.other)}. Only q, k, v and out of the attention of the '
+            'image tower are used; allow_partial=True leaves the rest out'
+        )
+
+# %% ../../nbs/2_use/00_exchange.ipynb #9723174b
+def _plan(shapes: dict, config: dict, tower: _Tower, allow_partial: bool, limits: Limits) -> _Plan:
+    "What to read from an adapter with tensors `shapes` (name -> shape); ValueError if it misfits."
+    names = _sort_keys(shapes)
+    if names.head and _recorded_class(config)[0] == 'CLIPForImageClassification':
         if not allow_partial:
             raise ValueError(
-                'its head is one of CLIPForImageClassification, which reads patch tokens, not the feature; allow_partial=True leaves it out'
+                'its head is one of CLIPForImageClassification, which reads patch tokens, not '
+                'the feature; allow_partial=True leaves it out'
             )
-        other, head = sorted(other + list(head.values())), {}
-    if other and not allow_partial:
-        raise ValueError(
-            f'it also changes {_names(other)}. Only q_proj and v_proj are used; allow_partial=True leaves the rest out'
-        )
-    if head:
-        _check_head(
-            {'W' if k == 'weight' else 'b': shapes[key][::-1] for k, key in head.items()},
-            out_dim,
-            limits,
-        )
-    if not found:
-        raise ValueError(
-            f'it has no q_proj or v_proj of an image tower; its other modules: {_names(other) or "none"}'
-        )
-    if (last := max(found)[0]) >= layers:
-        raise ValueError(f'it tunes layer {last}; the backbone has layers 0 to {layers - 1}')
-    for which, name in enumerate(('q_proj', 'v_proj')):
-        lost = (
-            [layer for layer in range(layers) if (layer, which) not in found]
-            if _expected(config, name)
-            else []
-        )
-        if lost:
-            raise ValueError(
-                f'its settings tune {name} everywhere, but there is none for layer {lost[0]} of {layers}'
-            )
-    pairs = {}
-    for at, (module, parts) in found.items():
-        rank, scale = module_scaling(config, module, limits.rank)
-        if parts != {'A': (rank, width), 'B': (width, rank)}:
-            raise ValueError(
-                f'{module} holds {parts}; A {(rank, width)}, B {(width, rank)} are expected'
-            )
-        pairs[at] = module, rank, scale
-    return _Plan(pairs, head, tuple(other))
+        other = (*names.other, *names.head.values())
+        names = _Sorted(names.pairs, {}, tuple(sorted(other)))
+    notes = _check_class(config, names.pairs[0].place) if names.pairs else ()
+    _check_rest(names, allow_partial)
+    if names.head:
+        head = {dict(weight='W', bias='b')[k]: shapes[key][::-1] for k, key in names.head.items()}
+        _check_head(head, tower.out_dim, limits)
+    last = max(pair.place.layer for pair in names.pairs)
+    if last >= tower.layers:
+        raise ValueError(f'it tunes layer {last}; the backbone has layers 0 to {tower.layers - 1}')
+    _check_everywhere(names.pairs, config, tower.layers)
+    pairs = tuple(_scaled_pairs(names.pairs, shapes, config, tower.width, limits.rank))
+    return _Plan(pairs, names.head, names.other, notes)
 
 # %% ../../nbs/2_use/00_exchange.ipynb #ec92a15c
 def _separate_head(folder: Path, out_dim: int | None, limits: Limits) -> dict:
@@ -489,24 +709,20 @@ def _classes(folder: Path, n: int | None, limits: Limits) -> tuple[str, ...] | N
     if not os.path.lexists(folder / 'classes.json'):
         return None
     names = read_json(folder / 'classes.json', limits).get('classes')
-    sound = (
-        isinstance(names, list)
-        and all(isinstance(c, str) and c.isprintable() and len(c) <= 200 for c in names)
-        and len(names) == n
-    )
-    if not sound:
+    fits = lambda c: isinstance(c, str) and c.isprintable() and len(c) <= 200
+    if not isinstance(names, list) or len(names) != n or not all(map(fits, names)):
         raise ValueError(
-            f'{folder / "classes.json"} must be {{"classes": [...]}} with one short text for each of the {n or 0} classes of the head'
+            f'{folder / "classes.json"} must be {{"classes": [...]}} with one short text for '
+            f'each of the {n or 0} classes of the head'
         )
     return tuple(names)
 
-
+# %% ../../nbs/2_use/00_exchange.ipynb #78f5a2a9
 def _head_of(folder: Path, plan: _Plan, tensors: dict, out_dim: int | None, limits: Limits) -> dict:
-    "W [D_out,C] and b [C] of an adapter, from `tensors` or from head.safetensors; {} if it has none."
-    head = {
-        'W' if k == 'weight' else 'b': tensors[key].T if k == 'weight' else tensors[key]
-        for k, key in plan.head.items()
-    }
+    "W [D_out,C] and b [C] of an adapter, from `tensors` or head.safetensors; {} if it has none."
+    keys = plan.head
+    head = {'W': tensors[keys['weight']].T} if 'weight' in keys else {}
+    head |= {'b': tensors[keys['bias']]} if 'bias' in keys else {}
     apart = _separate_head(folder, out_dim, limits)
     if head and apart:
         raise ValueError(
@@ -520,7 +736,7 @@ def _head_of(folder: Path, plan: _Plan, tensors: dict, out_dim: int | None, limi
 # %% ../../nbs/2_use/00_exchange.ipynb #f79570a8
 @dataclass(frozen=True)
 class Adapter:
-    "A PEFT adapter as a `LoRA` (A [L,2,D,r], B [L,2,r,D], scale in B; head W [D_out,C], b [C] or None) and what is known of it."
+    "A PEFT adapter as a `LoRA` (scale in B; head W, b or None), and what is known of it."
 
     name: str
     lora: LoRA
@@ -528,75 +744,101 @@ class Adapter:
     ignored: tuple[str, ...]  # modules that were left out
     classes: tuple[str, ...] | None  # names of the head's classes
     base_model: str | None  # what the adapter says it was tuned on; not verified
+    notes: tuple[str, ...] = ()  # what could not be told
 
 
-def _factors(plan: _Plan, tensors: dict[str, Tensor], layers: int, width: int) -> dict[str, Tensor]:
-    "A [L,2,D,r] and B [L,2,r,D] of the pairs in `plan`; modules that are not tuned are zero."
-    top = max(rank for _, rank, _ in plan.pairs.values())
-    A, B = torch.zeros(layers, 2, width, top), torch.zeros(layers, 2, top, width)
-    for (layer, which), (module, rank, scale) in plan.pairs.items():
-        A[layer, which, :, :rank] = tensors[f'base_model.model.{module}.lora_A.weight'].T
-        B[layer, which, :rank] = tensors[f'base_model.model.{module}.lora_B.weight'].T * scale
-    return dict(A=A, B=B)
+def _factors(plan: _Plan, tensors: dict[str, Tensor], layers: int, width: int) -> LoRA:
+    "The products of `plan` as A [L,P,D,r] and B [L,P,r,D]; those that are not tuned are zero."
+    top = max(rank for _, rank, _ in plan.pairs)
+    targets = plan.targets
+    A = torch.zeros(layers, len(targets), width, top)
+    B = torch.zeros(layers, len(targets), top, width)
+    for pair, rank, scale in plan.pairs:
+        parts = tensors[pair.keys['B']].split(width)
+        for target, part in zip(pair.place.targets, parts):
+            at = pair.place.layer, targets.index(target)
+            A[at][:, :rank] = tensors[pair.keys['A']].T
+            B[at][:rank] = part.T * scale
+    return LoRA(A, B, targets=targets)
 
 # %% ../../nbs/2_use/00_exchange.ipynb #5869a0ba
 def _weights_file(folder: Path) -> Path:
-    "The weights of the adapter in `folder`; ValueError if it has only a pickle, for that may run code when it is read."
+    "The weights of the adapter in `folder`; ValueError if it has only a pickle."
     path = folder / 'adapter_model.safetensors'
-    pickles = (
-        []
-        if os.path.lexists(path)
-        else [
-            n
-            for n in ('adapter_model.bin', 'adapter_model.pt', 'pytorch_model.bin')
-            if os.path.lexists(folder / n)
-        ]
-    )
-    if pickles:
-        raise ValueError(
-            f'{folder / pickles[0]} is a pickle, which may run code; ask for adapter_model.safetensors'
-        )
+    if os.path.lexists(path):
+        return path
+    for name in ('adapter_model.bin', 'adapter_model.pt', 'pytorch_model.bin'):
+        if os.path.lexists(folder / name):
+            raise ValueError(
+                f'{folder / name} is a pickle, which may run code; ask for '
+                'adapter_model.safetensors'
+            )
     return path
 
 
-def read_adapter(
-    folder,
-    layers: int,
-    width: int,
-    out_dim: int | None = None,
-    allow_partial: bool = False,
-    limits: Limits = Limits(),
-) -> Adapter:
-    """The PEFT LoRA adapter of a CLIP image tower in `folder`, for a backbone of `layers` and `width` whose features have `out_dim` (None: any).
+def _base_model(config: dict) -> str | None:
+    "What the settings name as base model; ValueError if it is no short text."
+    base = config.get('base_model_name_or_path')
+    if not (base is None or isinstance(base, str) and len(base) <= 500):
+        raise ValueError(f'base_model_name_or_path={_short(base)} must be a short text')
+    return base
 
-    allow_partial: take q and v even if other modules are tuned, too. ValueError for anything unsound or not plain LoRA, FileNotFoundError if a file is absent."""
-    folder = Path(folder)
+
+def _idle_note(plan: _Plan, lora: LoRA) -> tuple[str, ...]:
+    "A warning if open_clip's `out_proj` was adapted, which peft does not train."
+    layout = plan.pairs[0][0].place.layout
+    if layout is not _LAYOUTS[3] or 'out' not in lora.targets:
+        return ()
+    if not lora.B.select(-3, lora.targets.index('out')).any():
+        return ()
+    return (
+        'it holds numbers for out_proj of a MultiheadAttention, to which peft gives no gradient '
+        '(and which peft 0.21 merges twice): they are read once, and may never have been trained',
+    )
+
+# %% ../../nbs/2_use/00_exchange.ipynb #594e8b13
+def _read_folder(folder: Path, tower: _Tower, allow_partial: bool, limits: Limits) -> Adapter:
+    "`read_adapter`, silent: what could not be told is in `notes` only."
     if os.path.islink(folder) and not limits.links:
-        raise ValueError(f'{folder} is a link. Give the folder itself, or set Limits(links=True).')
-    config, path = read_json(folder / 'adapter_config.json', limits), _weights_file(folder)
+        raise ValueError(
+            f'{folder} is a link. Give the folder itself, or, if you made the link, read it with '
+            'limits=Limits(links=True).'
+        )
+    config = read_json(folder / 'adapter_config.json', limits)
+    path = _weights_file(folder)
     header = tensor_header(path, limits)
     try:
         check_adapter_config(config)
-        base = config.get('base_model_name_or_path')
-        if not (base is None or isinstance(base, str) and len(base) <= 500):
-            raise ValueError(f'base_model_name_or_path={_short(base)} must be a short text')
-        plan = _plan(_shapes(header), config, layers, width, out_dim, allow_partial, limits)
+        base = _base_model(config)
+        plan = _plan(_shapes(header), config, tower, allow_partial, limits)
         tensors = read_tensors(path, header, limits)
-        head = _head_of(folder, plan, tensors, out_dim, limits)
-        lora = LoRA(**_factors(plan, tensors, layers, width), **head)
+        head = _head_of(folder, plan, tensors, tower.out_dim, limits)
+        bare = _factors(plan, tensors, tower.layers, tower.width)
+        lora = LoRA(bare.A, bare.B, head.get('W'), head.get('b'), bare.targets)
         if not all(t.abs().max() <= limits.largest for t in lora.tensors().values()):
             raise ValueError(f'its scale makes a number larger than {limits.largest}')
         classes = _classes(folder, None if lora.b is None else len(lora.b), limits)
     except ValueError as err:
         raise ValueError(f'{folder} cannot be used: {err}') from None
-    return Adapter(
-        folder.name,
-        lora,
-        tuple(module for module, _, _ in plan.pairs.values()),
-        plan.ignored,
-        classes,
-        base,
-    )
+    used = tuple(pair.module for pair, _, _ in plan.pairs)
+    notes = plan.notes + _idle_note(plan, lora)
+    return Adapter(folder.name, lora, used, plan.ignored, classes, base, notes)
+
+# %% ../../nbs/2_use/00_exchange.ipynb #014dd8b0
+def read_adapter(
+    folder,  # with adapter_config.json and adapter_model.safetensors
+    layers: int,  # of the backbone
+    width: int,  # of a token
+    out_dim: int | None = None,  # width of a feature, for the head; None: any
+    allow_partial: bool = False,  # True: leave out what is tuned beside the attention
+    limits: Limits = Limits(),  # the most that it may hold
+) -> Adapter:  # its `lora` has the targets that the adapter has
+    "The PEFT LoRA adapter of an image tower in `folder`. ValueError, FileNotFoundError."
+    folder = Path(folder)
+    adapter = _read_folder(folder, _Tower(layers, width, out_dim), allow_partial, limits)
+    for note in adapter.notes:
+        warnings.warn(f'{folder}: {note}', stacklevel=2)
+    return adapter
 
 # %% ../../nbs/2_use/00_exchange.ipynb #f939d68e
 def _text(name: str, value: str) -> str:
@@ -614,23 +856,21 @@ def _cell(value) -> str:
     return re.sub(r'([|<>`\[\]\\])', r'\\\1', ' '.join(text.split()))
 
 
+def _result(score: dict) -> dict:
+    "One line of the hub's index of scores."
+    _text('set', score['set'])
+    return dict(
+        task=dict(type='image-classification', name=f'{score["way"]}-way {score["shot"]}-shot'),
+        dataset=dict(type=score['set'], name=score['set']),
+        metrics=[dict(type='accuracy', name='accuracy, %', value=float(score['accuracy']))],
+    )
+
+
 def _index(name: str, scores: list[dict]) -> str:
     "The `model-index` lines of a card, one result for each of `scores`; '' if there are none."
-    results = [
-        dict(
-            task=dict(type='image-classification', name=f'{s["way"]}-way {s["shot"]}-shot'),
-            dataset=dict(type=s['set'], name=s['set']),
-            metrics=[dict(type='accuracy', name='accuracy, %', value=float(s['accuracy']))],
-        )
-        for s in scores
-    ]
-    for s in scores:
-        _text('set', s['set'])
-    return (
-        f'model-index:\n- name: {_text("name", name)}\n  results: {json.dumps(results, ensure_ascii=False)}\n'
-        if scores
-        else ''
-    )
+    results = json.dumps([_result(s) for s in scores], ensure_ascii=False)
+    head = f'model-index:\n- name: {_text("name", name)}\n'
+    return f'{head}  results: {results}\n' if scores else ''
 
 
 def _table(columns: tuple, rows: list) -> str:
@@ -643,27 +883,24 @@ _CARD = """---
 library_name: peft
 base_model: {base}
 pipeline_tag: image-feature-extraction
-{licence}tags:
-- lora
-- peft
-- clip
-- few-shot
-- lora-recycle
-- {adapter_of}
+{licence}tags: [lora, peft, clip, few-shot, lora-recycle, {adapter_of}]
 {index}---
 
 # {title}
 
-A LoRA of rank {rank} on the query and value projections of all {layers} layers of an image tower of width {width}. It embeds images so that few-shot tasks are solved by the nearest
-prototype: average the features of a class's few labelled images, give a new image the class of the nearest average. Nothing is tuned on the way. The method is
-"Unlocking Tuning-Free Few-Shot Adaptability in Visual Foundation Models by Recycling Pre-Tuned LoRAs" (LoRA Recycle, CVPR 2025).
+A LoRA of rank {rank} on {targets} of the attention in all {layers} layers of an image tower of
+width {width}. It embeds images so that few-shot tasks are solved by the nearest prototype: average
+the features of a class's few labelled images, give a new image the class of the nearest average.
+Nothing is tuned on the way. The method is "Unlocking Tuning-Free Few-Shot Adaptability in Visual
+Foundation Models by Recycling Pre-Tuned LoRAs" (LoRA Recycle, CVPR 2025).
 
 ## Use
 
 ```python
 from peft import PeftModel
 from transformers import CLIPVisionModelWithProjection
-model = PeftModel.from_pretrained(CLIPVisionModelWithProjection.from_pretrained({base}), "path/to/this/folder")
+tower = CLIPVisionModelWithProjection.from_pretrained({base})
+model = PeftModel.from_pretrained(tower, "path/to/this/folder")
 features = model(pixel_values=images).image_embeds     # then: nearest prototype
 ```
 
@@ -676,49 +913,54 @@ features = model(pixel_values=images).image_embeds     # then: nearest prototype
 {scores}
 """
 
+# %% ../../nbs/2_use/00_exchange.ipynb #78b60cd1
+_COLUMNS = ('set', 'way', 'shot', 'accuracy', 'ci95')
+_CARD_DEFAULTS = (('name', 'meta-LoRA'), ('scores', []), ('license', None))
 
+
+def _score_table(scores: list[dict]) -> str:
+    "`scores` as a table; ValueError if one lacks a column or is no number."
+    for s in scores:
+        if not set(_COLUMNS[:4]) <= set(s) or not math.isfinite(s['accuracy']):
+            raise ValueError(
+                f'made["scores"] has {_short(s)}; each score needs {", ".join(_COLUMNS[:4])}, '
+                'the last a finite number'
+            )
+    rows = [[s.get(c, '') for c in _COLUMNS] for s in scores]
+    return _table(_COLUMNS, rows) if scores else 'None were given.'
+
+# %% ../../nbs/2_use/00_exchange.ipynb #41a6c73a
 def model_card(
-    lora: LoRA, base_model: str, made: dict | None = None, name: str = 'meta-LoRA'
-) -> str:
-    "README.md of the LoRA, with the front matter that model hubs read; ValueError if `made['scores']` lacks a column or a text cannot be shown."
+    lora: LoRA,  # a single one
+    base_model: str,  # the hub's name of the backbone
+    made: dict | None = None,  # name, license, scores, and anything worth telling
+) -> str:  # README.md
+    "The model card of a LoRA, as model hubs read it; ValueError if a text cannot be shown."
     made = dict(made or {})
-    scores, licence = made.pop('scores', []), made.pop('license', None)
-    columns = ('set', 'way', 'shot', 'accuracy', 'ci95')
-    wrong = [
-        s for s in scores if not set(columns[:4]) <= set(s) or not math.isfinite(s['accuracy'])
-    ]
-    if wrong:
-        raise ValueError(
-            f'made["scores"] has {_short(wrong[0])}; each score needs {", ".join(columns[:4])}, the last a finite number'
-        )
-    shown = (
-        _table(columns, [[s.get(c, '') for c in columns] for s in scores])
-        if scores
-        else 'None were given.'
-    )
+    name, scores, licence = (made.pop(k, d) for k, d in _CARD_DEFAULTS)
     return _CARD.format(
         base=_text('base_model', base_model),
         adapter_of=_text('base_model', f'base_model:adapter:{base_model}'),
+        scores=_score_table(scores),
         index=_index(name, scores),
         licence=f'license: {_text("license", licence)}\n' if licence else '',
         title=_cell(json.loads(_text('name', name))),
         rank=lora.rank,
+        targets=', '.join(lora.targets),
         layers=lora.A.shape[-4],
         width=lora.A.shape[-2],
-        scores=shown,
         made=_table(('what', 'value'), made.items()) if made else 'Its maker did not say.',
     )
 
 # %% ../../nbs/2_use/00_exchange.ipynb #c837675c
 def _adapter_config(lora: LoRA, base_model: str, prefix: str) -> dict:
     "Settings of `lora` for PEFT."
-    model = 'CLIPVisionModelWithProjection' if prefix else 'CLIPVisionModel'
     return dict(
         peft_type='LORA',
         base_model_name_or_path=base_model,
         r=lora.rank,
         lora_alpha=lora.rank,
-        target_modules=['q_proj', 'v_proj'],
+        target_modules=[f'{t}_proj' for t in lora.targets],
         lora_dropout=0.0,
         bias='none',
         use_rslora=False,
@@ -728,47 +970,48 @@ def _adapter_config(lora: LoRA, base_model: str, prefix: str) -> dict:
         task_type=None,
         modules_to_save=None,
         auto_mapping=dict(
-            base_model_class=model, parent_library='transformers.models.clip.modeling_clip'
+            base_model_class='CLIPVisionModelWithProjection' if prefix else 'CLIPVisionModel',
+            parent_library='transformers.models.clip.modeling_clip',
         ),
     )
 
+# %% ../../nbs/2_use/00_exchange.ipynb #72ad09b4
+def _peft_tensors(lora: LoRA, prefix: str) -> dict[str, Tensor]:
+    "The factors of `lora` under PEFT's names."
+    tensors = {}
+    for layer in range(lora.A.shape[0]):
+        for which, target in enumerate(lora.targets):
+            module = f'{prefix}encoder.layers.{layer}.self_attn.{target}_proj'
+            at = f'base_model.model.{module}.lora_'
+            tensors[f'{at}A.weight'] = lora.A[layer, which].T
+            tensors[f'{at}B.weight'] = lora.B[layer, which].T
+    return tensors
 
+# %% ../../nbs/2_use/00_exchange.ipynb #cfe6920b
 def write_adapter(
-    folder,
-    lora: LoRA,
-    base_model: str,
-    made: dict | None = None,
-    name: str = 'meta-LoRA',
-    classes: list[str] | None = None,
-    prefix: str = 'vision_model.',
-) -> dict:
-    """Write one `lora` to `folder` as a PEFT adapter of the transformers model `base_model`, with README.md and made.json (see `model_card`), a head as head.safetensors.
-
-    prefix: '' for a bare CLIPVisionModel of transformers 5. Returns {file: {bytes, sha256}}. ValueError for a market or for `classes` without a head."""
+    folder,  # made if it is missing
+    lora: LoRA,  # a single one
+    base_model: str,  # the transformers model it belongs to
+    made: dict | None = None,  # for README.md and made.json, see `model_card`
+    classes: list[str] | None = None,  # names of the head's classes
+    prefix: str = 'vision_model.',  # '' for a bare CLIPVisionModel of transformers 5
+) -> dict:  # file -> {bytes, sha256}
+    "Write one LoRA as a PEFT adapter with a model card; its head goes to head.safetensors."
     if lora.size is not None:
         raise ValueError(
-            f'lora is a market of {lora.size}; write one LoRA (market[i]) to a folder, or use write_market'
+            f'lora is a market of {lora.size}; write one LoRA (market[i]) to a folder, '
+            'or use write_market'
         )
     if classes is not None and (lora.b is None or len(classes) != len(lora.b)):
         raise ValueError(f'classes: {len(classes)} names do not fit the head of this LoRA')
     check_choice('prefix', prefix, ('vision_model.', ''))
-    folder, card, tensors = Path(folder), model_card(lora, base_model, made, name), {}
-    for layer in range(lora.A.shape[0]):
-        for which in range(2):
-            at = f'base_model.model.{prefix}encoder.layers.{layer}.self_attn.{"qv"[which]}_proj.'
-            tensors |= {
-                f'{at}lora_A.weight': lora.A[layer, which].T,
-                f'{at}lora_B.weight': lora.B[layer, which].T,
-            }
-    written = {
-        'adapter_model.safetensors': save_tensors(
-            folder / 'adapter_model.safetensors', tensors, {'format': 'pt'}
-        )
-    }
+    folder = Path(folder)
+    card = model_card(lora, base_model, made)
+    name = 'adapter_model.safetensors'
+    written = {name: save_tensors(folder / name, _peft_tensors(lora, prefix), {'format': 'pt'})}
     if lora.W is not None:
-        written['head.safetensors'] = save_tensors(
-            folder / 'head.safetensors', dict(W=lora.W, b=lora.b)
-        )
+        name = 'head.safetensors'
+        written[name] = save_tensors(folder / name, dict(W=lora.W, b=lora.b))
     if classes is not None:
         write_json(folder / 'classes.json', dict(classes=list(classes)))
     write_json(folder / 'made.json', made or {})
@@ -777,49 +1020,55 @@ def write_adapter(
     return written
 
 # %% ../../nbs/2_use/00_exchange.ipynb #da7486d6
-def hf_names(layers: int) -> dict[str, tuple[str, ...]]:
-    "Our name of a weight -> its names in transformers' CLIPVisionModelWithProjection (three for q, k, v): 8 + 12 L names for 8 + 16 L."
-    top, names = 'vision_model.', {}
-    names |= {
-        'class_embedding': (f'{top}embeddings.class_embedding',),
-        'conv1.weight': (f'{top}embeddings.patch_embedding.weight',),
-        'positional_embedding': (f'{top}embeddings.position_embedding.weight',),
-        'proj': ('visual_projection.weight',),
-    }
-    pairs = {
-        'ln_pre.': ('pre_layrnorm.',),
-        'ln_post.': ('post_layernorm.',),
-    }  # the missing e is theirs
+_TOP_NAMES = {
+    'class_embedding': ('vision_model.embeddings.class_embedding',),
+    'conv1.weight': ('vision_model.embeddings.patch_embedding.weight',),
+    'positional_embedding': ('vision_model.embeddings.position_embedding.weight',),
+    'proj': ('visual_projection.weight',),
+}
+_NORM_NAMES = {'ln_pre.': ('pre_layrnorm.',), 'ln_post.': ('post_layernorm.',)}  # their spelling
+_BLOCK_NAMES = {
+    'ln_1.': ('layer_norm1.',),
+    'ln_2.': ('layer_norm2.',),
+    'mlp.c_fc.': ('mlp.fc1.',),
+    'mlp.c_proj.': ('mlp.fc2.',),
+    'attn.out_proj.': ('self_attn.out_proj.',),
+    'attn.in_proj_': ('self_attn.q_proj.', 'self_attn.k_proj.', 'self_attn.v_proj.'),
+}
+
+
+def hf_names(
+    layers: int,  # of the tower
+) -> dict[str, tuple[str, ...]]:  # 8 + 12 L names of ours for 8 + 16 L of theirs
+    "Our name of a weight -> its names in transformers' CLIPVisionModelWithProjection."
+    pairs = dict(_NORM_NAMES)
     for layer in range(layers):
-        ours, theirs = f'transformer.resblocks.{layer}.', f'encoder.layers.{layer}.'
-        pairs |= {
-            f'{ours}ln_1.': (f'{theirs}layer_norm1.',),
-            f'{ours}ln_2.': (f'{theirs}layer_norm2.',),
-            f'{ours}mlp.c_fc.': (f'{theirs}mlp.fc1.',),
-            f'{ours}mlp.c_proj.': (f'{theirs}mlp.fc2.',),
-            f'{ours}attn.out_proj.': (f'{theirs}self_attn.out_proj.',),
-            f'{ours}attn.in_proj_': tuple(f'{theirs}self_attn.{c}_proj.' for c in 'qkv'),
-        }
-    return names | {
-        ours + kind: tuple(top + t + kind for t in theirs)
+        for ours, theirs in _BLOCK_NAMES.items():
+            names = tuple(f'encoder.layers.{layer}.{t}' for t in theirs)
+            pairs[f'transformer.resblocks.{layer}.{ours}'] = names
+    return _TOP_NAMES | {
+        ours + kind: tuple(f'vision_model.{t}{kind}' for t in theirs)
         for ours, theirs in pairs.items()
         for kind in ('weight', 'bias')
     }
 
-
-def hf_state(backbone: Backbone) -> dict[str, Tensor]:
-    "The weights of `backbone` as the state of transformers' CLIPVisionModelWithProjection; ValueError if it has weights that CLIP has not."
+# %% ../../nbs/2_use/00_exchange.ipynb #ae099b16
+def hf_state(
+    backbone: Backbone,  # a plain CLIP image tower
+) -> dict[str, Tensor]:
+    "Its weights as the state of CLIPVisionModelWithProjection; ValueError if CLIP has no such."
     names = hf_names(backbone.layers)
-    if strange := set(names) ^ set(backbone.weights):
+    strange = set(names) ^ set(backbone.weights)
+    if strange:
         raise ValueError(
-            f'{backbone.name} is no plain CLIP image tower: {_names(sorted(strange))} missing or left over'
+            f'{backbone.name} is no plain CLIP image tower: {_names(sorted(strange))} '
+            'missing or left over'
         )
-    state = {
-        t: part
-        for ours, theirs in names.items()
-        for t, part in zip(theirs, backbone.weights[ours].chunk(len(theirs)))
-    }
-    return {k: (t.T if k == 'visual_projection.weight' else t).clone() for k, t in state.items()}
+    state = {}
+    for ours, theirs in names.items():
+        for name, part in zip(theirs, backbone.weights[ours].chunk(len(theirs))):
+            state[name] = (part.T if ours == 'proj' else part).clone()
+    return state
 
 # %% ../../nbs/2_use/00_exchange.ipynb #92b7f301
 _CLIP = dict(
@@ -835,46 +1084,49 @@ _CLIP = dict(
 )  # what transformers takes where config.json is silent
 
 
-def _tower_config(config: dict) -> dict:
-    "The settings of the image tower in the transformers `config`, checked; ValueError if they are not those of a CLIP."
-    kind = check_choice(
-        'model_type', _brief(config.get('model_type')), ('clip_vision_model', 'clip')
-    )
-    tower = config.get('vision_config') or {} if kind == 'clip' else config
-    if not isinstance(tower, dict):
-        raise ValueError(f'vision_config={_short(tower)} must be an object')
-    c = {k: tower.get(k, default) for k, default in _CLIP.items()}
-    if kind == 'clip':
-        c['projection_dim'] = config.get('projection_dim', _CLIP['projection_dim'])
+def _check_tower(c: dict) -> None:
+    "ValueError unless the settings `c` are those of a CLIP's image tower."
     for k in list(_CLIP)[:7]:
         check_int(k, _brief(c[k]), 1, 200 if k == 'num_hidden_layers' else 2**16)
     check_choice('hidden_act', _brief(c['hidden_act']), ('quick_gelu', 'gelu'))
     eps = c['layer_norm_eps']
     if type(eps) is not float or not 0 < eps < 1:
         raise ValueError(f'layer_norm_eps={_short(eps)} must lie between 0 and 1')
-    for name, whole, part in (
-        ('num_attention_heads', 'hidden_size', c['num_attention_heads']),
-        ('patch_size', 'image_size', c['patch_size']),
-    ):
-        if c[whole] % part:
-            raise ValueError(f'{name}={part} does not divide {whole}={c[whole]}')
-    if tower.get('num_channels', 3) != 3:
-        raise ValueError(
-            f'num_channels={_short(tower["num_channels"])}; only images of 3 channels are known'
-        )
+    for part, whole in (('num_attention_heads', 'hidden_size'), ('patch_size', 'image_size')):
+        if c[whole] % c[part]:
+            raise ValueError(f'{part}={c[part]} does not divide {whole}={c[whole]}')
+
+# %% ../../nbs/2_use/00_exchange.ipynb #3ceac059
+def _tower_config(config: dict) -> dict:
+    "The settings of the image tower in the transformers `config`, checked; ValueError."
+    kinds = ('clip_vision_model', 'clip')
+    kind = check_choice('model_type', _brief(config.get('model_type')), kinds)
+    tower = config.get('vision_config') or {} if kind == 'clip' else config
+    if not isinstance(tower, dict):
+        raise ValueError(f'vision_config={_short(tower)} must be an object')
+    c = {k: tower.get(k, default) for k, default in _CLIP.items()}
+    if kind == 'clip':
+        c['projection_dim'] = config.get('projection_dim', _CLIP['projection_dim'])
+    _check_tower(c)
+    channels = tower.get('num_channels', 3)
+    if channels != 3:
+        raise ValueError(f'num_channels={_short(channels)}; only images of 3 channels are known')
     return c
 
-
+# %% ../../nbs/2_use/00_exchange.ipynb #4173a641
 def _hf_shape(name: str, c: dict) -> tuple:
     "Shape of the transformers weight `name` of a tower with settings `c`."
-    D, I, patch = c['hidden_size'], c['intermediate_size'], c['patch_size']
+    D = c['hidden_size']
+    I = c['intermediate_size']
+    patch = c['patch_size']
     special = {
         'embeddings.class_embedding': (D,),
         'embeddings.patch_embedding.weight': (D, 3, patch, patch),
         'visual_projection.weight': (c['projection_dim'], D),
         'embeddings.position_embedding.weight': ((c['image_size'] // patch) ** 2 + 1, D),
     }
-    if (short := name.removeprefix('vision_model.')) in special:
+    short = name.removeprefix('vision_model.')
+    if short in special:
         return special[short]
     weight = name.endswith('weight')
     if '.fc1.' in name:
@@ -883,143 +1135,168 @@ def _hf_shape(name: str, c: dict) -> tuple:
         return (D, I) if weight else (D,)
     return (D, D) if '_proj.weight' in name else (D,)
 
-
+# %% ../../nbs/2_use/00_exchange.ipynb #a316e713
 def _tower_names(shapes: dict[str, tuple], config: dict) -> dict[str, tuple[str, ...]]:
-    "`hf_names` of the tower in `shapes` (name -> shape) with transformers settings `config`; ValueError unless every tensor is there, fits, and none is left over."
+    "`hf_names` of the tower in `shapes` (name -> shape); ValueError unless `config` fits."
     c = _tower_config(config)
     names = hf_names(c['num_hidden_layers'])
     wanted = {t for theirs in names.values() for t in theirs}
     skipped = {'vision_model.embeddings.position_ids'}
     if config['model_type'] == 'clip':
-        skipped |= {k for k in shapes if k.startswith('text_model.')} | {
-            'text_projection.weight',
-            'logit_scale',
-        }
-    missing, extra = sorted(wanted - set(shapes)), sorted(set(shapes) - wanted - skipped)
+        skipped |= {k for k in shapes if k.startswith('text_model.')}
+        skipped |= {'text_projection.weight', 'logit_scale'}
+    missing = sorted(wanted - set(shapes))
+    extra = sorted(set(shapes) - wanted - skipped)
     if missing:
         raise ValueError(f'{len(missing)} of {len(wanted)} tensors are missing: {_names(missing)}')
     if extra:
         raise ValueError(f'{len(extra)} tensors are not known: {_names(extra)}')
-    wrong = [k for k in sorted(wanted) if tuple(shapes[k]) != _hf_shape(k, c)]
-    if wrong:
-        raise ValueError(
-            f'{wrong[0]} is {list(shapes[wrong[0]])}; config.json says {list(_hf_shape(wrong[0], c))}'
-        )
+    for k in sorted(wanted):
+        expected = _hf_shape(k, c)
+        if tuple(shapes[k]) != expected:
+            raise ValueError(f'{k} is {list(shapes[k])}; config.json says {list(expected)}')
     return names
 
-# %% ../../nbs/2_use/00_exchange.ipynb #b51f9de7
+# %% ../../nbs/2_use/00_exchange.ipynb #f3ff2e3e
 def backbone_from_state(
-    state: dict[str, Tensor],
-    config: dict,
-    name: str,
-    mean: tuple = OPENAI_MEAN,
-    std: tuple = OPENAI_STD,
+    state: dict[str, Tensor],  # of transformers' CLIPVisionModelWithProjection or CLIPModel
+    config: dict,  # its config
+    name: str,  # of the backbone
+    mean: tuple = OPENAI_MEAN,  # of the pixels, a channel each
+    std: tuple = OPENAI_STD,  # likewise
 ) -> Backbone:
-    "A `Backbone` from the state of transformers' CLIPVisionModelWithProjection (or CLIPModel) and its config as a dict; ValueError unless they fit exactly."
-    names, c = (
-        _tower_names({k: tuple(t.shape) for k, t in state.items()}, config),
-        _tower_config(config),
-    )
-    weights = {
-        ours: torch.cat([state[t].detach().float() for t in theirs])
-        for ours, theirs in names.items()
-    }
+    "A `Backbone` from the state of a transformers CLIP; ValueError unless they fit exactly."
+    names = _tower_names({k: tuple(t.shape) for k, t in state.items()}, config)
+    c = _tower_config(config)
+    weights = {}
+    for ours, theirs in names.items():
+        weights[ours] = torch.cat([state[t].detach().float() for t in theirs])
     weights['proj'] = weights['proj'].T.contiguous()
-    act = 'quick_gelu' if c['hidden_act'] == 'quick_gelu' else 'gelu'
     return Backbone(
         name,
         weights,
-        c['num_attention_heads'],
-        c['patch_size'],
-        act,
-        mean,
-        std,
-        c['layer_norm_eps'],
+        heads=c['num_attention_heads'],
+        patch=c['patch_size'],
+        act=c['hidden_act'],
+        mean=mean,
+        std=std,
+        eps=c['layer_norm_eps'],
     )
 
+# %% ../../nbs/2_use/00_exchange.ipynb #146173e0
+_PIXEL_FILES = (  # file, where in it, names of mean and sd
+    ('preprocessor_config.json', None, 'image_mean', 'image_std'),
+    ('processor_config.json', 'image_processor', 'image_mean', 'image_std'),
+    ('open_clip_config.json', 'preprocess_cfg', 'mean', 'std'),
+)
 
-def _pixel_stats(folder: Path, limits: Limits) -> tuple[tuple, tuple]:
-    "Mean and sd of the pixels by preprocessor_config.json in `folder`; OpenAI's if there is none."
-    if not os.path.lexists(folder / 'preprocessor_config.json'):
-        return OPENAI_MEAN, OPENAI_STD
-    config = read_json(folder / 'preprocessor_config.json', limits)
-    mean, std = (
-        config.get(k, list(default))
-        for k, default in (('image_mean', OPENAI_MEAN), ('image_std', OPENAI_STD))
-    )
-    numbers = lambda x: (
-        isinstance(x, list)
-        and len(x) == 3
-        and all(type(v) in (int, float) and 0 <= v <= 1 for v in x)
-    )
-    if not (numbers(mean) and numbers(std) and min(std) > 0):
+
+def _pixel_rule(config: dict, mean_key: str, std_key: str) -> tuple[tuple, tuple]:
+    "Mean and sd of pixels in [0,1] that do what `config` says; ValueError if it is not legal."
+    mean = config.get(mean_key, list(OPENAI_MEAN))
+    std = config.get(std_key, list(OPENAI_STD))
+    normal, scaled = (config.get(k, True) for k in ('do_normalize', 'do_rescale'))
+    factor = config.get('rescale_factor', 1 / 255)
+    for name, x in ((mean_key, mean), (std_key, std)):
+        numbers = isinstance(x, list) and len(x) == 3 and all(type(v) in (int, float) for v in x)
+        if not numbers or not all(0 <= v <= 255 for v in x):
+            raise ValueError(f'{name}={_short(x)} must be three numbers, 0 or more')
+    for name, x in (('do_normalize', normal), ('do_rescale', scaled)):
+        if type(x) is not bool:
+            raise ValueError(f'{name}={_short(x)} must be true or false')
+    if type(factor) not in (int, float) or not 0 < factor <= 1 or not min(std) > 0:
         raise ValueError(
-            f'image_mean={_short(mean)}, image_std={_short(std)} must be three numbers from 0 to 1'
+            f'rescale_factor={_short(factor)} and {std_key}={_short(std)} must be above 0'
         )
-    return tuple(mean), tuple(std)
+    white = 255 * factor if scaled else 255.0
+    white = 1.0 if abs(white - 1) < 1e-6 else white
+    mean, std = (mean, std) if normal else ((0.0,) * 3, (1.0,) * 3)
+    return tuple(m / white for m in mean), tuple(s / white for s in std)
 
+# %% ../../nbs/2_use/00_exchange.ipynb #1256a09c
+def _pixel_stats(folder: Path, limits: Limits) -> tuple[tuple, tuple]:
+    "Mean and sd of the pixels by the files in `folder`; OpenAI's if none says anything."
+    rules = {}
+    for file, part, mean_key, std_key in _PIXEL_FILES:
+        if os.path.lexists(folder / file):
+            config = read_json(folder / file, limits)
+            config = config if part is None else config.get(part)
+            if isinstance(config, dict):
+                rules[file] = _pixel_rule(config, mean_key, std_key)
+    if len(set(rules.values())) > 1:
+        raise ValueError(f'{" and ".join(rules)} say different things about pixels; keep one')
+    return next(iter(rules.values()), (OPENAI_MEAN, OPENAI_STD))
 
+# %% ../../nbs/2_use/00_exchange.ipynb #f7211c32
+def _one_file(folder: Path) -> Path:
+    "model.safetensors in `folder`; ValueError if the weights are a pickle or in several files."
+    path = folder / 'model.safetensors'
+    if os.path.lexists(path):
+        return path
+    if os.path.lexists(folder / 'model.safetensors.index.json'):
+        raise ValueError(
+            f'{folder} holds weights in several files; save them as one: max_shard_size="100GB"'
+        )
+    for name in ('pytorch_model.bin', 'model.bin', 'model.pt'):
+        if os.path.lexists(folder / name):
+            raise ValueError(
+                f'{folder / name} is a pickle, which may run code; save the model with '
+                'save_pretrained(safe_serialization=True)'
+            )
+    return path
+
+# %% ../../nbs/2_use/00_exchange.ipynb #37166f93
 def backbone_from_hf(
-    folder, name: str | None = None, limits: Limits = Limits(file_bytes=2**34, links=True)
+    folder,  # config.json and model.safetensors of a transformers CLIP, whole or its image tower
+    name: str | None = None,  # of the backbone; None: of the folder
+    limits: Limits = Limits(file_bytes=2**34, links=True),  # the most that it may hold
 ) -> Backbone:
-    """A `Backbone` from a folder with config.json and model.safetensors of a transformers CLIP image tower with projection, or of a whole CLIP.
-
-    name: of the backbone; None: of the folder. ValueError for pickles, shards, and what does not fit exactly; FileNotFoundError if a file is absent."""
+    "A `Backbone` from a folder of transformers; ValueError, FileNotFoundError."
     folder = Path(folder)
-    path, config = folder / 'model.safetensors', read_json(folder / 'config.json', limits)
-    if not os.path.lexists(path):
-        if os.path.lexists(folder / 'model.safetensors.index.json'):
-            raise ValueError(
-                f'{folder} holds weights in several files; save them as one: max_shard_size="100GB"'
-            )
-        pickles = [
-            n for n in ('pytorch_model.bin', 'model.bin', 'model.pt') if os.path.lexists(folder / n)
-        ]
-        if pickles:
-            raise ValueError(
-                f'{folder / pickles[0]} is a pickle, which may run code; save the model with save_pretrained(safe_serialization=True)'
-            )
+    config = read_json(folder / 'config.json', limits)
+    path = _one_file(folder)
     header = tensor_header(path, limits)
     try:
         _tower_names(_shapes(header, ('position_ids',)), config)
-        return backbone_from_state(
-            read_tensors(path, header, limits),
-            config,
-            name or folder.name,
-            *_pixel_stats(folder, limits),
-        )
+        state = read_tensors(path, header, limits)
+        mean, std = _pixel_stats(folder, limits)
+        return backbone_from_state(state, config, name or folder.name, mean, std)
     except ValueError as err:
         raise ValueError(f'{folder} cannot be used: {err}') from None
 
 # %% ../../nbs/2_use/00_exchange.ipynb #ed2b8bd1
-def inside(folder, name: str, limits: Limits = Limits()) -> Path:
-    "`folder`/`name` if it stays inside `folder`: ValueError for an absolute name, '..', odd characters, or a link on the way."
+def _sound_part(part: str) -> bool:
+    "Whether `part` may be a part of a relative path: short, printable, not hidden."
+    return 0 < len(part) <= 100 and part.isprintable() and part[0] != '.' and not {*part} & {*'\\:'}
+
+
+def inside(
+    folder,  # the market
+    name: str,  # of a file or sub-folder, relative
+    limits: Limits = Limits(),  # whether links are followed
+) -> Path:
+    "`folder`/`name` if it stays inside `folder`; ValueError for '..', odd names and links."
     parts = name.split('/') if isinstance(name, str) else []
-    sound = lambda p: (
-        0 < len(p) <= 100 and p.isprintable() and not p.startswith('.') and not set(p) & set('\\:')
-    )
-    if not parts or len(parts) > 4 or not all(map(sound, parts)):
+    if not parts or len(parts) > 4 or not all(map(_sound_part, parts)):
         raise ValueError(
-            f'the name {_short(name)} is not legal: a relative path, without .. or hidden parts, that does not leave the folder'
+            f'the name {_short(name)} is not legal: a relative path, without .. or hidden parts, '
+            'that does not leave the folder'
         )
     path = Path(folder)
     for part in parts:
         path = path / part
-        if os.path.islink(path) and not limits.links:
-            raise ValueError(f'{path} is a link; put the file itself there')
+        _check_link(path, limits)
     return path
 
-
+# %% ../../nbs/2_use/00_exchange.ipynb #323bfb0f
 def write_market(
-    folder,
-    market: LoRA,
-    backbone: Backbone,
-    names: list[str] | None = None,
-    made: dict | None = None,
-) -> dict:
-    """Write the LoRAs of `market` [M,...], tuned on `backbone`, one safetensors file each, to the new or empty `folder`; manifest.json is the last. Returns the manifest.
-
-    names: of the files, without ending. made: anything to keep beside them. ValueError if the folder is not empty or a name is not legal."""
+    folder,  # new or empty
+    market: LoRA,  # M of them
+    backbone: Backbone,  # that they were tuned on
+    names: list[str] | None = None,  # of the files, without ending; None: numbers
+    made: dict | None = None,  # anything to keep beside them
+) -> dict:  # the manifest
+    "Write LoRAs to a folder, one safetensors file each; manifest.json is the last. ValueError."
     folder = Path(folder)
     if market.size is None:
         raise ValueError('market is a single LoRA; give M of them: stack_loras([lora])')
@@ -1029,12 +1306,13 @@ def write_market(
     if len(set(names)) != market.size or len(names) != market.size:
         raise ValueError(f'names: {len(set(names))} different ones for {market.size} LoRAs')
     paths = [inside(folder, f'{n}.safetensors') for n in names]
-    files = {
-        p.relative_to(folder).as_posix(): save_tensors(p, market[m].tensors())
-        for m, p in enumerate(paths)
-    }
+    records = {}
+    for m, path in enumerate(paths):
+        record = save_tensors(path, market[m].tensors())
+        records[path.relative_to(folder).as_posix()] = record
     manifest = dict(
-        files=files,
+        files=records,
+        targets=list(market.targets),
         backbone=backbone.digest,
         market=digest(market.tensors()),
         made=plain(made or {}),
@@ -1045,169 +1323,255 @@ def write_market(
 # %% ../../nbs/2_use/00_exchange.ipynb #f20ab17e
 @dataclass(frozen=True)
 class Entry:
-    "What became of one file or sub-folder of a market: ok and its LoRAs [n] of rank `rank`, or not ok and why."
+    "What became of one file or sub-folder of a market: its LoRAs, or why there are none."
 
     name: str
     ok: bool
     why: str = ''
     loras: int = 0
     rank: int = 0
+    targets: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()  # modules of a PEFT adapter that were left out
     base_model: str | None = None  # what a PEFT adapter says it was tuned on; not verified
+    notes: tuple[str, ...] = ()  # what could not be told
 
-
-def _own_shapes(shapes: dict[str, tuple], backbone: Backbone, limits: Limits) -> None:
-    "ValueError unless `shapes` are those of A, B and perhaps W, b of one LoRA or M of them, for `backbone`."
-    A, B, lead = shapes.get('A', ()), shapes.get('B', ()), shapes.get('A', ())[:-4]
+# %% ../../nbs/2_use/00_exchange.ipynb #c385a8da
+def _check_own(shapes: dict, targets: tuple, backbone: Backbone, limits: Limits) -> None:
+    "ValueError unless `shapes` are those of A, B and perhaps W, b of LoRAs for `backbone`."
+    A, B = (shapes.get(k, ()) for k in 'AB')
+    lead = A[:-4]
     extra = sorted(set(shapes) - {'A', 'B', 'W', 'b', 'classes', 'accuracy'})
     if extra:
         raise ValueError(f'it holds {_names(extra)}; A, B, W and b are expected')
-    L, D, r = backbone.layers, backbone.width, A[-1] if A else 0
-    if (
-        len(lead) > 1
-        or not 1 <= r <= limits.rank
-        or A != (*lead, L, 2, D, r)
-        or B != (*lead, L, 2, r, D)
-    ):
+    L = backbone.layers
+    P = len(targets)
+    D = backbone.width
+    r = A[-1] if A else 0
+    fits = A == (*lead, L, P, D, r) and B == (*lead, L, P, r, D)
+    if len(lead) > 1 or not 1 <= r <= limits.rank or not fits:
         raise ValueError(
-            f'A {list(A)}, B {list(B)} do not fit: [(M,){L},2,{D},r] and [(M,){L},2,r,{D}], r from 1 to {limits.rank}'
+            f'A {list(A)}, B {list(B)} do not fit: [(M,){L},{P},{D},r] and [(M,){L},{P},r,{D}], '
+            f'r from 1 to {limits.rank}'
         )
     if math.prod(lead) > limits.loras:
         raise ValueError(f'it holds {lead[0]} LoRAs; {limits.loras} is the most')
-    if any(shapes[k][: len(lead)] != lead for k in ('W', 'b') if k in shapes) or (
-        'W' in shapes
-    ) != ('b' in shapes):
+    head = {k: shapes[k] for k in ('W', 'b') if k in shapes}
+    if len(head) == 1 or any(shape[: len(lead)] != lead for shape in head.values()):
         raise ValueError('its head needs W and b, one for each LoRA')
-    if 'W' in shapes:
-        _check_head({k: shapes[k][len(lead) :] for k in ('W', 'b')}, backbone.out_dim, limits)
+    if head:
+        _check_head({k: shape[len(lead) :] for k, shape in head.items()}, backbone.out_dim, limits)
+
+# %% ../../nbs/2_use/00_exchange.ipynb #4ed7af81
+@dataclass(frozen=True)
+class _Source:
+    "A folder that holds a market, and how it is read."
+
+    folder: Path
+    backbone: Backbone
+    allow_partial: bool
+    limits: Limits
 
 
-def _read_own(
-    folder: Path, name: str, record, backbone: Backbone, limits: Limits
-) -> tuple[LoRA, Entry]:
+def _read_own(source: _Source, name: str, record, targets: tuple) -> tuple[LoRA, Entry]:
     "LoRAs [M,...] of the file `name` of a market, checked against its `record` in the manifest."
-    path, record = inside(folder, name, limits), record if isinstance(record, dict) else {}
-    size, sha = record.get('bytes'), record.get('sha256')
+    limits = source.limits
+    path = inside(source.folder, name, limits)
+    record = record if isinstance(record, dict) else {}
+    size = record.get('bytes')
+    sha = record.get('sha256')
     if not _is_size(size) or not (isinstance(sha, str) and re.fullmatch('[0-9a-f]{64}', sha)):
         raise ValueError(f'the manifest must give bytes and sha256 of {_short(name)}')
     header = tensor_header(path, limits)
-    if (found := os.path.getsize(path)) != size:
-        raise ValueError(f'{path} has {found} bytes, {size} in the manifest')
+    if (present := os.path.getsize(path)) != size:
+        raise ValueError(f'{path} has {present} bytes, {size} in the manifest')
     try:
-        _own_shapes(_shapes(header, ('classes',)), backbone, limits)
+        _check_own(_shapes(header, ('classes',)), targets, source.backbone, limits)
     except ValueError as err:
         raise ValueError(f'{path} cannot be used: {err}') from None
     t = read_tensors(path, header, limits, sha)
-    lora = LoRA(**{k: t[k] for k in ('A', 'B', 'W', 'b') if k in t})
+    lora = LoRA(t['A'], t['B'], t.get('W'), t.get('b'), targets)
     lora = lora if lora.size is not None else stack_loras([lora])
-    return lora, Entry(name, True, '', lora.size, lora.rank)
+    return lora, Entry(name, True, '', lora.size, lora.rank, targets)
+
+# %% ../../nbs/2_use/00_exchange.ipynb #4279df69
+_PATCH = re.compile(r'(?:patch[-_]?|vit[-_]?[a-z]{1,5}[-_/])([0-9]{1,2})(?![0-9])', re.IGNORECASE)
 
 
-def _read_peft(
-    folder: Path, name: str, backbone: Backbone, allow_partial: bool, limits: Limits
-) -> tuple[LoRA, Entry]:
-    "The one LoRA [1,...] of the PEFT adapter in sub-folder `name`."
-    a = read_adapter(
-        inside(folder, name, limits),
-        backbone.layers,
-        backbone.width,
-        backbone.out_dim,
-        allow_partial,
-        limits,
+def _base_note(base: str | None, backbone: Backbone) -> tuple[str, ...]:
+    "A warning if the base model that an adapter names has other patches than `backbone`."
+    patch = _PATCH.search(base or '')
+    if not patch or int(patch[1]) == backbone.patch:
+        return ()
+    return (
+        f'it names {_short(base, 120)}, whose patches have {patch[1]} pixels; those of '
+        f'{backbone.name} have {backbone.patch}',
     )
-    return stack_loras([a.lora]), Entry(name, True, '', 1, a.lora.rank, a.ignored, a.base_model)
+
+
+def _read_peft(source: _Source, name: str) -> tuple[LoRA, Entry]:
+    "The one LoRA [1,...] of the PEFT adapter in sub-folder `name`."
+    backbone = source.backbone
+    tower = _Tower(backbone.layers, backbone.width, backbone.out_dim)
+    folder = inside(source.folder, name, source.limits)
+    a = _read_folder(folder, tower, source.allow_partial, source.limits)
+    notes = a.notes + _base_note(a.base_model, backbone)
+    lora = stack_loras([a.lora])
+    entry = Entry(name, True, '', 1, lora.rank, lora.targets, a.ignored, a.base_model, notes)
+    return lora, entry
 
 # %% ../../nbs/2_use/00_exchange.ipynb #961132a1
-def _sources(folder: Path, backbone: Backbone, allow_partial: bool, limits: Limits) -> dict:
-    "Name -> function that reads it, for each file in the manifest of `folder`, or each sub-folder if there is no manifest."
+def _own_files(source: _Source) -> dict:
+    "Name -> function that reads it, for each file in the manifest; ValueError."
+    folder = source.folder
+    backbone = source.backbone
+    manifest = read_json(folder / 'manifest.json', source.limits)
+    made_for = manifest.get('backbone', backbone.digest)
+    if made_for != backbone.digest:
+        raise ValueError(
+            f'{folder} was made for the backbone {_short(made_for)}, not {backbone.name} '
+            f'({backbone.digest})'
+        )
+    targets = manifest.get('targets', ['q', 'v'])
+    if not isinstance(targets, list) or targets != [t for t in TARGETS if t in targets]:
+        raise ValueError(f'targets={_short(targets)} must be among {list(TARGETS)}, in this order')
+    records = manifest.get('files')
+    if not targets or not isinstance(records, dict):
+        raise ValueError(f'{folder / "manifest.json"} has no object "files", or no targets')
+    return {n: partial(_read_own, source, n, r, tuple(targets)) for n, r in records.items()}
+
+
+def _peft_folders(source: _Source) -> dict:
+    "Name -> function that reads it, for each sub-folder that is not hidden."
+    entries = (e for e in os.scandir(source.folder) if not e.name.startswith('.'))
+    folders = (e.name for e in entries if e.is_symlink() or e.is_dir())
+    names = sorted(islice(folders, source.limits.loras + 1))
+    return {n: partial(_read_peft, source, n) for n in names}
+
+# %% ../../nbs/2_use/00_exchange.ipynb #f54fb241
+def _list_sources(source: _Source) -> dict:
+    "Name -> function that reads it, for all that `source` holds; ValueError, FileNotFoundError."
+    folder = source.folder
+    most = source.limits.loras
     if not folder.is_dir():
         raise (ValueError if folder.exists() else FileNotFoundError)(
             f'folder={str(folder)!r} is no folder. Set it to one that holds adapters.'
         )
-    if os.path.lexists(folder / 'manifest.json'):
-        manifest = read_json(folder / 'manifest.json', limits)
-        found, made_for = manifest.get('files'), manifest.get('backbone', backbone.digest)
-        if made_for != backbone.digest:
-            raise ValueError(
-                f'{folder} was made for the backbone {_short(made_for)}, not {backbone.name} ({backbone.digest})'
-            )
-        if not isinstance(found, dict):
-            raise ValueError(f'{folder / "manifest.json"} has no object "files"')
-        sources = {
-            n: partial(_read_own, folder, n, record, backbone, limits)
-            for n, record in found.items()
-        }
-    else:
-        folders = (
-            e.name
-            for e in os.scandir(folder)
-            if not e.name.startswith('.') and (e.is_symlink() or e.is_dir())
-        )
-        names = sorted(islice(folders, limits.loras + 1))
-        sources = {
-            n: partial(_read_peft, folder, n, backbone, allow_partial, limits) for n in names
-        }
-    if not 0 < len(sources) <= limits.loras:
-        raise ValueError(f'{folder} holds {len(sources)} adapters; 1 to {limits.loras} are legal')
-    return sources
+    own = os.path.lexists(folder / 'manifest.json')
+    found = _own_files(source) if own else _peft_folders(source)
+    if not 0 < len(found) <= most:
+        hint = ''
+        if not found and os.path.lexists(folder / 'adapter_config.json'):
+            hint = '. It is an adapter itself: name the folder above it'
+        raise ValueError(f'{folder} holds {len(found)} adapters; 1 to {most} are legal{hint}')
+    return found
+
+# %% ../../nbs/2_use/00_exchange.ipynb #52c72369
+def _join_shape(parts: list[LoRA]) -> tuple[int, int, tuple]:
+    "How many LoRAs, of which rank, on which targets, `parts` [k,...] make together."
+    tuned = {t for p in parts for t in p.targets}
+    targets = tuple(t for t in TARGETS if t in tuned)
+    return sum(p.size for p in parts), max(p.rank for p in parts), targets
 
 
-def _join(first: LoRA | None, n: int, rank: int, lora: LoRA, head: str, limits: Limits) -> LoRA:
-    "`lora` [k,...] if it can join a market of `n` LoRAs up to `rank`, of which `first` is one; ValueError if its head does not fit or the whole would be too large."
-    if head == 'drop':
-        lora = LoRA(lora.A, lora.B)
-    elif lora.W is None:
+def _join(parts: list[LoRA]) -> LoRA:
+    "`parts` [k,...] as one market [M,...] of one rank and one set of targets."
+    _, rank, targets = _join_shape(parts)
+    padded = [pad_rank(widen_targets(p, targets), rank) for p in parts]
+    tensors = {k: torch.cat([p.tensors()[k] for p in padded]) for k in padded[0].tensors()}
+    return LoRA(**tensors, targets=targets)
+
+
+def _check_joined_head(lora: LoRA, first: LoRA) -> None:
+    "ValueError unless `lora` has a head of as many classes as that of `first`."
+    if lora.W is None:
         raise ValueError(
             "it has no head, which recycling needs; head='drop' reads markets without heads"
         )
-    elif first and lora.W.shape[1:] != first.W.shape[1:]:
+    if lora.W.shape[1:] != first.W.shape[1:]:
         raise ValueError(
-            f'its head has {lora.W.shape[-1]} classes, the first adapter {first.W.shape[-1]}; all must agree'
+            f'its head has {lora.W.shape[-1]} classes, the first adapter '
+            f'{first.W.shape[-1]}; all must agree'
         )
-    n, rank = n + lora.size, max(rank, lora.rank)
-    one = 2 * lora.A[0, ..., 0].numel() * rank + (
-        0 if lora.W is None else lora.W[0].numel() + lora.b[0].numel()
-    )
-    if n > limits.loras or 4 * n * one > limits.market_bytes:
+
+# %% ../../nbs/2_use/00_exchange.ipynb #f3fe988c
+def _add(parts: list[LoRA], lora: LoRA, head: str, limits: Limits) -> None:
+    "Put `lora` [k,...] to the `parts` of a market; ValueError if it does not fit or is too much."
+    if head == 'drop':
+        lora = LoRA(lora.A, lora.B, targets=lora.targets)
+    else:
+        _check_joined_head(lora, parts[0] if parts else lora)
+    n, rank, targets = _join_shape([*parts, lora])
+    factors = 2 * lora.A.shape[1] * len(targets) * lora.A.shape[3] * rank
+    n_head = 0 if lora.W is None else lora.W[0].numel() + lora.b[0].numel()
+    n_bytes = 4 * n * (factors + n_head)
+    if n > limits.loras or n_bytes > limits.market_bytes:
         raise ValueError(
-            f'with it the market would have {n} LoRAs and {4 * n * one} bytes; {limits.loras} and {limits.market_bytes} are the most'
+            f'with it the market would have {n} LoRAs and {n_bytes} bytes; '
+            f'{limits.loras} and {limits.market_bytes} are the most'
         )
-    return lora
+    parts.append(lora)
 
 # %% ../../nbs/2_use/00_exchange.ipynb #94b43356
-def read_market(
-    folder,
-    backbone: Backbone,
-    on_error: str = 'refuse',
-    head: str = 'need',
-    allow_partial: bool = False,
-    limits: Limits = Limits(),
-) -> tuple[LoRA, list[Entry]]:
-    """The LoRAs [M,...] in `folder`, PEFT adapters or our own files, padded to one rank, and a report with an `Entry` for each file or sub-folder.
+def _check_bases(report: list[Entry], limits: Limits) -> None:
+    "A warning, or ValueError as `limits` says, if the adapters name different base models."
+    users = {}
+    for entry in report:
+        if entry.ok and entry.base_model:
+            users.setdefault(entry.base_model, []).append(entry.name)
+    if len(users) < 2:
+        return
+    bases = '; '.join(f'{_short(b, 120)} ({_names(names)})' for b, names in users.items())
+    message = (
+        f'the adapters name {len(users)} base models: {bases}. What was tuned on one model means '
+        'nothing on another: keep those of one'
+    )
+    if limits.mixed_bases == 'refuse':
+        raise ValueError(message)
+    warnings.warn(f'{message}, or refuse them: Limits(mixed_bases="refuse")', stacklevel=3)
 
-    on_error: 'refuse' raises for the first bad one, 'skip' notes it. head: 'need' or 'drop'. ValueError if nothing sound is left or the content is
-    bad, FileNotFoundError if something is absent."""
+
+def _warn_notes(report: list[Entry]) -> None:
+    "One warning for each note, with the adapters that it concerns."
+    notes = {}
+    for entry in report:
+        for note in entry.notes:
+            notes.setdefault(note, []).append(entry.name)
+    for note, names in notes.items():
+        warnings.warn(f'adapter {_names(names)}: {note}', stacklevel=3)
+
+# %% ../../nbs/2_use/00_exchange.ipynb #1bc8d94f
+def _named_error(name: str, err: Exception) -> Exception:
+    "`err` of the documented kind, with the `name` of the adapter."
+    kind = FileNotFoundError if isinstance(err, FileNotFoundError) else ValueError
+    return kind(f'adapter {_short(name)}: {err} (on_error="skip" leaves bad adapters out)')
+
+# %% ../../nbs/2_use/00_exchange.ipynb #f6afb329
+def read_market(
+    folder,  # of PEFT adapters, or one of ours with manifest.json
+    backbone: Backbone,  # that they were tuned on
+    on_error: str = 'refuse',  # 'refuse' raises for the first bad one, 'skip' notes it
+    head: str = 'need',  # 'need', or 'drop' for averaging alone
+    allow_partial: bool = False,  # True: leave out what is tuned beside the attention
+    limits: Limits = Limits(),  # the most that is taken
+) -> tuple[LoRA, list[Entry]]:  # LoRAs [M,...] of one rank, and what became of each file
+    "The LoRAs in `folder` and a report; ValueError, FileNotFoundError."
     check_choice('on_error', on_error, ('refuse', 'skip'))
     check_choice('head', head, ('need', 'drop'))
-    parts, report, n, rank = [], [], 0, 0
-    for name, read in _sources(Path(folder), backbone, allow_partial, limits).items():
+    parts = []
+    report = []
+    source = _Source(Path(folder).expanduser(), backbone, allow_partial, limits)
+    for name, read in _list_sources(source).items():
         try:
             lora, entry = read()
-            parts.append(lora := _join(parts[0] if parts else None, n, rank, lora, head, limits))
-            n, rank = n + lora.size, max(rank, lora.rank)
+            _add(parts, lora, head, limits)
         except (ValueError, FileNotFoundError) as err:
-            kind = FileNotFoundError if isinstance(err, FileNotFoundError) else ValueError
             if on_error == 'refuse':
-                raise kind(
-                    f'adapter {_short(name)}: {err} (on_error="skip" leaves bad adapters out)'
-                ) from None
+                raise _named_error(name, err) from None
             entry = Entry(name, False, str(err))
         report.append(entry)
     if not parts:
-        raise ValueError(
-            f'{folder} holds no sound adapter. The first: {report[0].name!r}: {report[0].why}'
-        )
-    padded = [pad_rank(p, rank) for p in parts]
-    return LoRA(
-        **{k: torch.cat([p.tensors()[k] for p in padded]) for k in padded[0].tensors()}
-    ), report
+        first = f'{report[0].name!r}: {report[0].why}'
+        raise ValueError(f'{folder} holds no sound adapter. The first: {first}')
+    _check_bases(report, limits)
+    _warn_notes(report)
+    return _join(parts), report
