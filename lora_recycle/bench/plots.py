@@ -53,16 +53,32 @@ def average_sets(
     return pd.DataFrame(dict(value=mean, ci95=half)).reset_index()
 
 # %% ../../nbs/5_bench/01_plots.ipynb #e73f2af6
+def _find_edge(values) -> float:
+    "Where a panel begins: what lies far below all others is shown at the edge, by its number."
+    middle = values.median()
+    return max(values.min(), middle - 2.5 * (values.max() - middle) - 1)
+
+# %% ../../nbs/5_bench/01_plots.ipynb #211fd346
 def _draw_dots(ax, points: pd.DataFrame, order: list, roles: dict):
     "One panel of `method_dots`: a dot with its interval for each row of `points`."
+    edge = _find_edge(points['value'])
     for point in points.itertuples():
         y = order.index(point.method)
         colour = ROLE_COLOURS[roles[point.method]]
         filled = 'white' if roles[point.method] == 'bound' else colour
-        width = 2.2 if roles[point.method] == 'ours' else 1.4
-        ax.plot(
-            [point.value - point.ci95, point.value + point.ci95], [y, y], color=colour, lw=width
-        )
+        if point.value < edge:
+            ax.plot(edge, y, '<', color=colour, mfc=filled, ms=5.5)
+            ax.annotate(
+                f'{point.value:.1f}',
+                (edge, y),
+                (6, -3),
+                textcoords='offset points',
+                fontsize=7,
+                color='.4',
+            )
+            continue
+        ends = [max(point.value - point.ci95, edge), point.value + point.ci95]
+        ax.plot(ends, [y, y], color=colour, lw=2.2 if roles[point.method] == 'ours' else 1.4)
         ax.plot(point.value, y, 'o', color=colour, mfc=filled, ms=5.5, zorder=3)
     ax.grid(axis='x', color='.92')
     ax.set_axisbelow(True)
@@ -86,7 +102,7 @@ def _dot_legend(roles):
         if role in roles
     ]
 
-
+# %% ../../nbs/5_bench/01_plots.ipynb #3c24f32e
 def _draw_panels(axes, points: pd.DataFrame, order: list, roles: dict):
     "A panel for each backbone and number of shots in `points`."
     several = points['backbone'].nunique() > 1
@@ -103,8 +119,8 @@ def method_dots(
 ) -> Figure:
     "Methods as horizontal dots with intervals, averaged over the sets, best on top."
     points = average_sets(rows)
-    means = points.groupby('method', sort=False)['value'].mean().sort_values(ascending=False)
-    order = list(means.index)
+    first = points[points['shot'] == points['shot'].min()].groupby('method')['value'].mean()
+    order = list(first.sort_values(ascending=False, kind='stable').index)
     titles = dict(zip(points['method'], points['title']))
     roles = {m: methods[m].role if m in methods else 'rival' for m in order}
     n = len(points[['backbone', 'shot']].drop_duplicates())
