@@ -15,6 +15,7 @@ from scipy.io import savemat
 from torchvision.datasets import CIFAR100, Flowers102
 
 from lora_recycle.suite.images import SPLITS, class_splits
+from lora_recycle.suite.photos import photo_splits
 
 
 def classes_of(name):
@@ -204,6 +205,42 @@ def make_collection(root, per_class=4, sets=('aircraft', 'omniglot')):
                         100 * s + 10 * k + c,
                         i,
                     )
+
+
+def make_photos(root, per_class=4):
+    "The archives of real images, unpacked: Tiny-ImageNet, Caltech-101, GTSRB, Omniglot, PACS"
+    root = Path(root)
+    seen = photo_splits()
+    tiny = root / 'tiny-imagenet-200'
+    wnids = [w for split in ('train', 'validation', 'test') for w in sorted(seen[split])]
+    for c, wnid in enumerate(wnids):
+        for i in range(per_class):
+            path = tiny / 'train' / wnid / 'images' / f'{wnid}_{i}.JPEG'
+            write_image(path, c, i)
+        (tiny / 'train' / wnid / f'{wnid}_boxes.txt').write_text('0 0 9 9')
+    (tiny / 'wnids.txt').write_text('\n'.join(wnids))
+    words = [f'{w}\t{seen["names"][w]}' for w in wnids]
+    (tiny / 'words.txt').write_text('\n'.join(words), encoding='utf-8')
+    caltech = root / 'caltech101' / '101_ObjectCategories'
+    for c in range(20):
+        name = f'thing_{c:02d}' if c else 'BACKGROUND_Google'
+        for i in range(per_class):
+            write_image(caltech / name / f'image_{i:04d}.jpg', c, i)
+    signs = root / 'gtsrb' / 'GTSRB' / 'Training'
+    for c in range(12):
+        for i in range(2 * per_class):  # tracks of two frames
+            write_image(signs / f'{c:05d}' / f'{i // 2:05d}_{i % 2:05d}.ppm', c, i)
+        (signs / f'{c:05d}' / f'GT-{c:05d}.csv').write_text('Filename;Width')
+    for part, alphabets in (('small1', ('Greek', 'Korean')), ('small2', ('Latin',))):
+        for k, alphabet in enumerate(alphabets):
+            for c in range(6):
+                at = root / f'images_background_{part}' / alphabet / f'character{c + 1:02d}'
+                for i in range(per_class):
+                    write_image(at / f'{c + 1:04d}_{i + 1:02d}.png', 10 * k + c, i)
+    for k, domain in enumerate(('photo', 'art_painting', 'cartoon', 'sketch')):
+        for c, name in enumerate(('dog', 'elephant', 'giraffe', 'guitar', 'horse', 'house')):
+            for i in range(per_class):
+                write_image(root / 'PACS' / domain / name / f'pic_{i:03d}.jpg', 10 * k + c, i)
 
 
 MAKERS = dict(

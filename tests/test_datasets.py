@@ -19,29 +19,39 @@ import layouts
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR100, EuroSAT, Flowers102
 from torchvision.transforms import Resize
 
-from lora_recycle import datasets
-from lora_recycle.suite.images import PAPER_SETS, SPLITS, class_splits
+from lora_recycle.paper import datasets
+from lora_recycle.suite import folders
 from lora_recycle.paper.datasets import (
     ARCHIVES,
     Archive,
-    FileSet,
-    check_images,
     check_set,
     download,
     fetch,
     inventory,
-    list_images,
-    load,
-    read_collection,
-    read_folders,
-    read_image,
+    open_set,
     read_set,
 )
 from lora_recycle.suite.episodes import draw_episodes
+from lora_recycle.suite.folders import (
+    FileSet,
+    check_images,
+    load,
+    read_collection,
+    read_folders,
+)
+from lora_recycle.suite.images import PAPER_SETS, SPLITS, class_splits, load_set
+from lora_recycle.suite.photos import (
+    PHOTO_SETS,
+    deal_tiny_imagenet,
+    find_photo_files,
+    photo_splits,
+    read_photos,
+)
+from lora_recycle.suite.reading import list_image_files, read_image, to_rgb, turn_upright
 
 PER_CLASS = 4
 
@@ -213,9 +223,7 @@ def test_flat_folder_is_for_testing(tmp_path):
 
 def test_images_are_read_when_asked(one, monkeypatch):
     data, opened = read_set('eurosat', one('eurosat')), []
-    monkeypatch.setattr(
-        datasets, 'read_image', lambda path: opened.append(path) or read_image(path)
-    )
+    monkeypatch.setattr(folders, 'read_image', lambda path: opened.append(path) or read_image(path))
     data.split('test')
     draw_episodes(data, 'test', 2, way=5, shot=1, n_query=3)
     assert not opened
@@ -249,7 +257,7 @@ def test_digest_does_not_depend_on_the_place(one, tmp_path):
     before = read_set('isic', root).digest
     shutil.copytree(root / 'isic', tmp_path / 'elsewhere' / 'isic')
     assert read_set('isic', tmp_path / 'elsewhere').digest == before
-    path = Path(list_images(root / 'isic')[0])
+    path = Path(list_image_files(root / 'isic')[0])
     path.write_bytes(path.read_bytes() + b'x')
     assert read_set('isic', root).digest != before
 
@@ -355,7 +363,8 @@ def test_palette_with_transparency(tmp_path):
     warnings.simplefilter(
         'error'
     )  # Pillow warns where this kind goes straight to RGB; pytest restores the filter
-    assert read_image(tmp_path / 'p.png').getpixel((0, 0)) == (10, 20, 30)
+    assert read_image(tmp_path / 'p.png').getpixel((0, 0)) == (255, 255, 255)
+    assert read_image(tmp_path / 'p.png', background=None).getpixel((0, 0)) == (10, 20, 30)
 
 
 def test_what_has_no_white_is_refused(tmp_path):
@@ -614,6 +623,421 @@ def test_other_processes_can_trust_the_tiny_sets(shared, tmp_path):
         timeout=120,
     )
     assert done.stdout.split() == ['400', '408'], done.stderr
+
+
+# ---- images from people: one reader
+
+
+def write_exif(path, orientation, size=(8, 4)):
+    "A photo, left half white, stored as the sensor lay."
+    image = Image.new('RGB', size)
+    image.paste('white', (0, 0, size[0] // 2, size[1]))
+    note = Image.Exif()
+    note[0x0112] = orientation
+    image.save(path, exif=note, quality=95)
+    return path
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize('suffix', ['jpg', 'png', 'webp', 'tif'])
+def test_orientation_is_followed(tmp_path, orientation, suffix):
+    path = write_exif(tmp_path / f'x.{suffix}', orientation)
+    with Image.open(path) as image:
+        expected = ImageOps.exif_transpose(image).convert('RGB')
+    assert np.array_equal(np.asarray(read_image(path)), np.asarray(expected))
+
+
+@pytest.mark.parametrize('raw', [b'Exif\0\0not a header at all', b'Exif\0\0II*\0\xff\xff', b'Exif\0\0'])
+def test_damaged_exif_is_ignored_with_a_warning(tmp_path, raw):
+    path = tmp_path / 'x.jpg'
+    Image.new('RGB', (8, 4), 'red').save(path, exif=raw)
+    with pytest.warns(UserWarning, match='x.jpg: its EXIF data are damaged'):
+        assert read_image(path).size == (8, 4)
+
+
+@pytest.mark.parametrize('info', ['a text', 7, {}])
+def test_exif_that_is_no_bytes_is_ignored_with_a_warning(info):
+    image = Image.new('RGB', (8, 4))
+    image.info['exif'] = info
+    with pytest.warns(UserWarning, match='not bytes'):
+        assert turn_upright(image, 'mine').size == (8, 4)
+
+
+@pytest.mark.parametrize('orientation', [9, 65000])
+def test_orientation_that_does_not_exist_is_told(tmp_path, orientation):
+    with pytest.warns(UserWarning, match=f'orientation is {orientation}'):
+        assert read_image(write_exif(tmp_path / 'x.jpg', orientation)).size == (8, 4)
+
+
+def test_sound_exif_gives_no_warning(tmp_path):
+    empty = b'Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0'
+    Image.new('RGB', (8, 4)).save(tmp_path / 'empty.jpg', exif=empty)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        read_image(write_exif(tmp_path / 'zero.jpg', 0))
+        read_image(tmp_path / 'empty.jpg')
+        read_image(layouts.write_image(tmp_path / 'none.png', 0, 0))
+
+
+def test_a_data_set_and_the_reader_see_the_same(tmp_path):
+    path = write_exif(tmp_path / 'a.jpg', 6)
+    (tmp_path / 'set' / 'a').mkdir(parents=True)
+    path.rename(tmp_path / 'set' / 'a' / 'a.jpg')
+    data = read_folders(tmp_path / 'set')
+    seen = read_image(tmp_path / 'set' / 'a' / 'a.jpg').resize((8, 8), Image.Resampling.BILINEAR)
+    assert np.array_equal(data.images([0], side=8)[0].permute(1, 2, 0).numpy(), np.asarray(seen))
+
+
+@pytest.mark.parametrize('mode', ['RGBA', 'LA', 'PA', 'P', 'L', 'RGB', 'La', 'RGBa'])
+def test_transparency_shows_white(mode):
+    "Two logos, black on nothing, stay two pictures."
+    marks = []
+    for box in ((0, 0, 4, 8), (4, 0, 8, 8)):
+        image = Image.new('RGBA', (8, 8), (0, 0, 0, 0))
+        image.paste((0, 0, 0, 255), box)
+        if mode in ('P', 'L', 'RGB'):  # one value is transparent
+            inside = Image.new('L', (8, 8), 255)
+            inside.paste(0, box)
+            image = inside.convert(mode)
+            image.info['transparency'] = (255, 255, 255) if mode == 'RGB' else 255
+        elif mode == 'PA':
+            alpha = image.getchannel('A')
+            image = image.convert('RGB').convert('P')
+            image.putalpha(alpha)
+        elif mode == 'La':
+            image = image.convert('LA').convert(mode)
+        else:
+            image = image.convert(mode)
+        marks.append(np.asarray(to_rgb(image)))
+    assert not np.array_equal(*marks) and {*np.unique(marks)} == {0, 255}
+
+
+def test_transparency_on_another_colour_or_dropped():
+    image = Image.new('RGBA', (2, 2), (0, 0, 255, 0))
+    assert to_rgb(image).getpixel((0, 0)) == (255, 255, 255)
+    assert to_rgb(image, 'red').getpixel((0, 0)) == (255, 0, 0)
+    assert to_rgb(image, (1, 2, 3)).getpixel((0, 0)) == (1, 2, 3)
+    assert to_rgb(image, None).getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_integer_greys_have_their_own_white(tmp_path):
+    levels = lambda white, kind: (np.array([[0, white]]).repeat(4, 0)).astype(kind)
+    for white in (255, 65535):
+        got = np.asarray(to_rgb(Image.fromarray(levels(white, np.int32))))
+        assert got[0, :, 0].tolist() == [0, 255]
+    Image.fromarray(levels(255, np.int32)).save(tmp_path / '32bit.tif')
+    assert np.asarray(read_image(tmp_path / '32bit.tif'))[0, :, 0].tolist() == [0, 255]
+    dark = png(tmp_path / 'dark.png', levels(255, np.uint16)[..., None], 0)
+    assert np.asarray(read_image(dark))[0, :, 0].tolist() == [0, 1]  # a png's white is 65535
+    (tmp_path / 'x.pgm').write_bytes(b'P5 2 1 4095\n\x00\x00\x0f\xff')
+    assert np.asarray(read_image(tmp_path / 'x.pgm'))[0, :, 0].tolist() == [0, 255]
+
+
+@pytest.mark.parametrize('bits, white', [(12, 4095), (10, 1023)])
+def test_a_tiff_of_fewer_bits(bits, white):
+    image = Image.fromarray(np.array([[0, white]], np.uint16))
+    image.tag_v2 = {258: (bits,)}
+    assert np.asarray(to_rgb(image))[0, :, 0].tolist() == [0, 255]
+    image.tag_v2 = {258: (bits,), 262: 0}  # white is zero
+    assert np.asarray(to_rgb(image))[0, :, 0].tolist() == [255, 0]
+
+
+def test_pixel_limit_is_named_with_the_way_to_raise_it(tmp_path, monkeypatch):
+    path = layouts.write_image(tmp_path / 'a' / 'big.png', 0, 0, size=(60, 40))
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
+    with pytest.raises(ValueError, match='big.png.*limit is 1000 pixels') as err:
+        read_image(path)
+    assert 'MAX_IMAGE_PIXELS = ' in str(err.value) and 'Fetch' not in str(err.value)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 10**9)  # the remedy works
+    assert read_image(path).size == (60, 40)
+
+
+@pytest.mark.parametrize('name', ['cat1.jgp', 'CAT1.JPG', 'cta1.jpg'])
+def test_misspelt_path_comes_with_what_is_beside_it(tmp_path, name):
+    layouts.write_image(tmp_path / 'cat1.jpg', 0, 0)
+    layouts.write_image(tmp_path / 'zebra.jpg', 0, 0)
+    with pytest.raises(FileNotFoundError, match=f'{name} is gone or misspelt') as err:
+        read_image(tmp_path / name)
+    assert 'Did you mean cat1.jpg?' in str(err.value) and 'zebra.jpg' in str(err.value)
+
+
+def test_misspelt_folder_of_a_path(tmp_path):
+    layouts.write_image(tmp_path / 'photos' / 'cat.jpg', 0, 0)
+    with pytest.raises(FileNotFoundError, match='Did you mean photos'):
+        read_image(tmp_path / 'fotos' / 'cat.jpg')
+    with pytest.raises(FileNotFoundError, match='Did you mean photos'):
+        read_folders(tmp_path / 'photo')
+
+
+@pytest.mark.parametrize(
+    'name, word',
+    [('x.heic', 'pillow-heif'), ('x.svg', 'export it as PNG'), ('x.pdf', 'pages, not pixels')],
+)
+def test_other_kinds_of_files_have_a_remedy(tmp_path, name, word):
+    (tmp_path / name).write_bytes(b'whatever')
+    with pytest.raises(ValueError, match=word):
+        read_image(tmp_path / name)
+
+
+def test_a_folder_is_no_image(tmp_path):
+    with pytest.raises(ValueError, match='It is a folder'):
+        read_image(tmp_path)
+
+
+# ---- images from people: folders
+
+
+def make_tree(root, *places):
+    "One picture of its own at each of `places`."
+    for i, place in enumerate(places):
+        layouts.write_image(Path(root) / place, i, i)
+    return Path(root)
+
+
+@pytest.mark.parametrize('junk', ['.ipynb_checkpoints', '@eaDir', '__MACOSX', '.AppleDouble'])
+@pytest.mark.parametrize('at', ['', 'a', 'a/deep', 'train', 'train/a'])
+def test_system_folders_are_skipped_at_every_depth(tmp_path, junk, at):
+    split = at.startswith('train')
+    sound = ('train/a/0.png', 'test/b/0.png') if split else ('a/0.png', 'b/0.png', 'a/deep/1.png')
+    make_tree(tmp_path, *sound, f'{at}/{junk}/0.png'.lstrip('/'))
+    with pytest.warns(UserWarning, match='1 hidden or system folders'):
+        data = read_folders(tmp_path)
+    assert data.classes == ('a', 'b') and len(data) == len(sound)
+
+
+def test_links_are_not_walked_twice(tmp_path):
+    make_tree(tmp_path / 'set', 'a/0.png', 'b/0.png')
+    make_tree(tmp_path / 'elsewhere', '7.png', '8.png')
+    (tmp_path / 'set' / 'a' / 'up').symlink_to(tmp_path / 'set')
+    (tmp_path / 'set' / 'a' / 'other').symlink_to(tmp_path / 'set' / 'b')
+    (tmp_path / 'set' / 'a' / 'same.png').symlink_to(tmp_path / 'set' / 'a' / '0.png')
+    (tmp_path / 'set' / 'c').symlink_to(tmp_path / 'elsewhere')  # a class that lies elsewhere
+    (tmp_path / 'set' / 'b' / 'again').symlink_to(tmp_path / 'elsewhere')
+    with pytest.warns(UserWarning, match='4 links to what is read anyway'):
+        data = read_folders(tmp_path / 'set')
+    assert data.classes == ('a', 'b', 'c') and len(data) == 4
+
+
+def test_links_into_a_hidden_pool_are_read(tmp_path):
+    make_tree(tmp_path, '.pool/0.png', '.pool/1.png', 'a/2.png')
+    (tmp_path / 'b').mkdir()
+    for i in range(2):
+        (tmp_path / 'b' / f'{i}.png').symlink_to(tmp_path / '.pool' / f'{i}.png')
+    with pytest.warns(UserWarning, match='hidden'):
+        assert read_folders(tmp_path).labels.bincount().tolist() == [1, 2]
+
+
+def test_equal_pictures_are_reported(tmp_path):
+    make_tree(tmp_path, 'a/0.png', 'a/1.png', 'b/2.png')
+    shutil.copy(tmp_path / 'a' / '0.png', tmp_path / 'a' / 'copy.png')
+    shutil.copy(tmp_path / 'a' / '1.png', tmp_path / 'b' / 'copy.png')
+    with pytest.warns(UserWarning, match='2 pictures stand there more than once') as caught:
+        assert len(read_folders(tmp_path)) == 5
+    assert 'a/0.png = a/copy.png' in str(caught[-1].message)
+
+
+def test_every_usual_name_of_an_image_is_read(tmp_path):
+    names = ('a.jfif', 'b.JPE', 'c', 'd.jpg', 'e.JPEG', 'f.download', 'g.webp', 'h.Tif')
+    kinds = dict(g='WEBP', h='TIFF', c='PNG', f='BMP')
+    (tmp_path / 'a').mkdir()
+    for i, name in enumerate(names):
+        image = Image.fromarray(layouts.picture(i, i))
+        image.save(tmp_path / 'a' / name, format=kinds.get(name[0], 'JPEG'))
+    for name in ('notes.txt', 'labels.csv', 'BM.md'):
+        (tmp_path / 'a' / name).write_text('BM is a text too')
+    for name in ('.DS_Store', 'Thumbs.db', 'desktop.ini'):
+        (tmp_path / 'a' / name).write_bytes(b'x')
+    with pytest.warns(UserWarning, match='3 files that are no images') as caught:
+        data = read_folders(tmp_path)
+    assert len(data) == len(names) and data.images(range(len(names)), 8).shape[0] == len(names)
+    assert 'notes.txt' in str(caught[0].message) and 'Thumbs' not in str(caught[0].message)
+
+
+@pytest.mark.parametrize(
+    'parts',
+    [('Training', 'Test'), ('TRAIN', 'val', 'TEST'), ('train', 'Validation', 'testing')],
+)
+def test_split_folders_in_any_case(tmp_path, parts):
+    places = [f'{part}/class_{i}{c}/0.png' for i, part in enumerate(parts) for c in 'xy']
+    data = read_folders(make_tree(tmp_path, *places))
+    sizes = [len(data.splits[s]) for s in SPLITS]
+    assert sizes == ([2, 0, 2] if len(parts) == 2 else [2, 2, 2])
+
+
+def test_a_split_by_image_is_pooled(tmp_path):
+    make_tree(tmp_path, 'train/cat/0.png', 'train/dog/1.png', 'test/cat/2.png', 'test/dog/3.png')
+    with pytest.warns(UserWarning, match='split is not by class'):
+        data = read_folders(tmp_path)
+    assert data.splits['test'] == (0, 1) and data.labels.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize('names', [('bus', 'car', 'train'), ('test', 'exam'), ('Val', 'Base', 'x')])
+def test_a_class_may_be_called_as_a_split(tmp_path, names):
+    data = read_folders(make_tree(tmp_path, *(f'{name}/0.png' for name in names)))
+    assert data.classes == tuple(sorted(names)) and len(data.splits['test']) == len(names)
+
+
+@pytest.mark.parametrize('parts', [('train', 'val'), ('Train', 'Test', 'Valid'), ('testing',)])
+def test_flat_split_folders_are_refused(tmp_path, parts):
+    make_tree(tmp_path, *(f'{part}/{i}.png' for part in parts for i in range(3)))
+    with pytest.raises(ValueError, match='no class folders, so nothing says') as err:
+        read_folders(tmp_path)
+    assert '<split>/<class>/*.jpg' in str(err.value) and '(3 images)' in str(err.value)
+
+
+@pytest.mark.parametrize('above', ['photos', 'photos/photos', 'train/photos'])
+def test_one_level_too_high(tmp_path, above):
+    make_tree(tmp_path, *(f'{above}/{c}/{i}.png' for c in ('cat', 'dog') for i in range(2)))
+    with pytest.raises(ValueError, match='level too high') as err:
+        read_folders(tmp_path)
+    assert "folder='" in str(err.value) and above.split('/')[-1] + '/' in str(err.value)
+    assert read_folders(tmp_path / above).classes == ('cat', 'dog')  # the remedy works
+
+
+def test_one_level_too_low(tmp_path):
+    make_tree(tmp_path, 'photos/cat/0.png', 'photos/dog/1.png', 'wrapped/cat/images/0.png')
+    for low in ('photos/cat', 'wrapped/cat'):
+        with pytest.raises(ValueError, match='level too low') as err:
+            read_folders(tmp_path / low)
+    assert 'cat/' in str(err.value)
+
+
+def test_level_says_what_a_class_is(tmp_path):
+    make_tree(tmp_path, *(f'{a}/{c}/0.png' for a in ('Greek', 'Latin') for c in ('c1', 'c2', 'c3')))
+    assert read_folders(tmp_path, level=1).classes == ('Greek', 'Latin')
+    assert read_folders(tmp_path, level=2).classes[:2] == ('Greek/c1', 'Greek/c2')
+    with pytest.raises(ValueError, match='level=3'):
+        read_folders(tmp_path, level=3)
+
+
+def test_classes_wrapped_in_a_folder_each(tmp_path):
+    make_tree(tmp_path, *(f'{c}/images/{i}.png' for c in ('n01', 'n02') for i in range(2)))
+    assert read_folders(tmp_path).classes == ('n01', 'n02')
+
+
+def test_two_folders_for_one_split(tmp_path):
+    make_tree(tmp_path, 'val/a/0.png', 'valid/b/0.png')
+    with pytest.raises(ValueError, match='two folders stand for val'):
+        read_folders(tmp_path)
+
+
+# ---- photos, and the door to every set
+
+
+@pytest.fixture(scope='session')
+def photos(tmp_path_factory):
+    "The archives of real images, tiny, not to be changed by a test"
+    root = tmp_path_factory.mktemp('photos')
+    layouts.make_photos(root)
+    return root
+
+
+CLASSES = {'tiny-imagenet': 60, 'caltech101': 19, 'gtsrb': 12, 'omniglot': 18}
+
+
+@pytest.mark.parametrize('name', PHOTO_SETS)
+def test_photos_in_their_published_layouts(photos, name):
+    data = read_photos(name, photos, side=16)
+    assert len(data.classes) == CLASSES.get(name, 6) == len(set(data.classes))
+    per_class = 8 if name == 'gtsrb' else 4
+    assert data.labels.bincount().tolist() == [per_class] * len(data.classes)
+    assert data.images.shape[1:] == (3, 16, 16) and data.images.dtype == torch.uint8
+    assert sorted(sum(data.splits.values(), ())) == list(range(len(data.classes)))
+    assert all(data.splits.values()) or name.startswith('pacs-') and len(data.splits['test']) == 6
+    few = read_photos(name, photos, side=8, per_class=2)
+    assert few.labels.bincount().tolist() == [2] * len(data.classes)
+    if name == 'gtsrb':
+        assert len(few.groups.unique()) == len(few.groups)  # frames of as many films as there are
+
+
+def test_tables_show_no_class_that_the_backbone_saw(photos):
+    seen, dealt = photo_splits(), deal_tiny_imagenet()
+    assert [len(seen[s]) for s in ('train', 'validation', 'test')] == [140, 20, 40]
+    assert [len(dealt[s]) for s in SPLITS] == [30, 10, 20]
+    assert not set(sum(dealt.values(), ())) & set(seen['train'])
+    assert set(dealt['test']) <= set(seen['test'])
+    assert set(dealt['val']) <= set(seen['validation'])
+    files = find_photo_files('tiny-imagenet', photos)
+    assert not {Path(p).parts[2] for p in files.source} & set(seen['train'])
+    assert (
+        'n0' not in files.classes[0]
+        and BACKGROUND not in find_photo_files('caltech101', photos).classes
+    )
+
+
+BACKGROUND = 'BACKGROUND_Google'
+
+
+@pytest.mark.parametrize('shot', [1, 2, 3])
+def test_frames_of_a_film_are_not_on_both_sides(photos, shot):
+    data = read_photos('gtsrb', photos, side=8)
+    tasks = draw_episodes(data, 'train', 20, 3, shot, 3)
+    assert (data.labels[tasks.query] == tasks.classes[:, :, None]).all()
+    for support, query in zip(tasks.support.flatten(0, 1), tasks.query.flatten(0, 1)):
+        assert len(support.unique()) == shot and len(query.unique()) == 3
+        assert not set(data.groups[support].tolist()) & set(data.groups[query].tolist())
+    test = data.split('test')
+    assert len(test.groups) == len(test.labels)
+
+
+def test_too_few_films_are_told(photos):
+    data = read_photos('gtsrb', photos, side=8)
+    with pytest.raises(ValueError, match='8 frames of 4 films, too few for 1 supports and 7'):
+        draw_episodes(data, 'train', 1, 3, 1, 7)
+
+
+@pytest.mark.parametrize('name', PHOTO_SETS)
+def test_absent_photos_say_where_they_are_looked_for(tmp_path, name):
+    (tmp_path / 'holidays').mkdir()
+    with pytest.raises(FileNotFoundError, match=f'{name} is not below data_dir') as err:
+        read_photos(name, tmp_path)
+    assert 'holidays' in str(err.value) and '<' in str(err.value)
+
+
+def test_half_unpacked_tiny_imagenet(tmp_path):
+    wnid = deal_tiny_imagenet()['test'][0]
+    layouts.write_image(tmp_path / 'tiny-imagenet-200' / 'train' / wnid / 'images' / '0.JPEG', 0, 0)
+    with pytest.raises(ValueError, match='59 of 60 classes are missing'):
+        read_photos('tiny-imagenet', tmp_path)
+    with pytest.raises(ValueError, match='tiny-imagenet'):
+        read_photos('imagenet', tmp_path)
+
+
+def test_open_set_knows_every_kind(root, photos, tmp_path):
+    assert len(open_set('greek', per_class=2).classes) == len(load_set('greek').classes)
+    cub = open_set('cub', root, side=16, per_class=2)
+    assert cub.labels.bincount().tolist() == [2] * 200 and len(cub.splits['train']) == 100
+    sketch = open_set('pacs-sketch', photos, side=16)
+    assert sketch.splits['test'] == tuple(range(6))
+    assert open_set('pacs-photo:train', photos).splits == dict(
+        train=tuple(range(6)), val=(), test=()
+    )
+    own = open_set('PACS/photo', photos, side=16)
+    assert own.name == 'PACS/photo' and len(own.classes) == 6
+    assert [len(own.splits[s]) for s in SPLITS] == [4, 1, 1]
+    make_tree(tmp_path, 'mine/train/a/0.png', 'mine/test/b/1.png')
+    assert open_set('mine', tmp_path).splits == dict(train=(0,), val=(), test=(1,))
+
+
+def test_open_set_is_fresh_after_a_change(tmp_path):
+    make_tree(tmp_path, 'mine/a/0.png', 'mine/b/1.png')
+    first = open_set('mine', tmp_path, side=8)
+    assert torch.equal(open_set('mine', tmp_path, side=8).images, first.images)
+    Image.new('RGB', (30, 30), 'red').save(tmp_path / 'mine' / 'a' / '0.png')
+    assert open_set('mine', tmp_path, side=8).images[0, :, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_open_set_errors(tmp_path):
+    make_tree(tmp_path, 'flowers/a/0.png')
+    with pytest.raises(FileNotFoundError, match='Did you mean flowers.*Known names: greek'):
+        open_set('flower', tmp_path)
+    with pytest.raises(ValueError, match='data_dir is None'):
+        open_set('flowers')
+    with pytest.raises(ValueError, match="'train'"):
+        open_set('flowers:trian', tmp_path)
+    with pytest.raises(ValueError, match=r'level too high[\s\S]*data_dir'):
+        make_tree(tmp_path, 'nest/in/a/1.png', 'nest/in/b/2.png')
+        open_set('nest', tmp_path)
 
 
 # ---- downloads, from a server on this machine

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+# %% ../../nbs/6_paper/00_datasets.ipynb #70953891
 from ..core import check_choice, check_folder, check_int
 from ..method.backbone import OPENAI_MEAN, OPENAI_STD
 from lora_recycle.suite.folders import (
@@ -562,15 +563,21 @@ def download(
 # %% ../../nbs/6_paper/00_datasets.ipynb #b664c089
 def _open_folder(name: str, data_dir) -> FileSet:
     "The folder `name` below `data_dir`; dealt by a seed unless it has split folders."
-    data = read_folders(Path(data_dir).expanduser() / name, name)
+    known = ', '.join((*IN_DOMAIN, *CROSS_DOMAIN, *PAPER_SETS, *PHOTO_SETS))
+    try:
+        data = read_folders(Path(data_dir).expanduser() / name, name)
+    except FileNotFoundError as err:
+        raise FileNotFoundError(f'set={name!r}: {err} Known names: {known}.') from err
+    except ValueError as err:
+        where = 'A set is named by its path below data_dir, as in PACS/photo.'
+        raise ValueError(f'set={name!r}: {err}\n{where}') from err
     if data.splits['train'] or data.splits['val']:
         return data
     return replace(data, splits=deal_classes(len(data.classes), name))
 
-
+# %% ../../nbs/6_paper/00_datasets.ipynb #515809db
 def _open_files(name: str, data_dir, per_class: int | None) -> FileSet:
     "A set that lies below `data_dir`, whatever its kind."
-    known = [*IN_DOMAIN, *CROSS_DOMAIN, *PAPER_SETS, *PHOTO_SETS]
     if data_dir is None:
         raise ValueError(
             f'set={name!r} lies on disk, and data_dir is None: say below which folder. Without '
@@ -581,12 +588,7 @@ def _open_files(name: str, data_dir, per_class: int | None) -> FileSet:
     if name in PAPER_SETS:
         data = read_set(name, data_dir)
     else:
-        try:
-            data = _open_folder(name, data_dir)
-        except FileNotFoundError as err:
-            raise FileNotFoundError(
-                f'set={name!r}: {err} Known names: {", ".join(known)}.'
-            ) from err
+        data = _open_folder(name, data_dir)
     return data if per_class is None else pick_rows(data, per_class)
 
 # %% ../../nbs/6_paper/00_datasets.ipynb #d12d559c

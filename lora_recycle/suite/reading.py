@@ -265,6 +265,7 @@ class _Walk:
         self.images = []
         self.passed = {}
         self.followed = set()
+        self.waiting = []
 
     def skip(self, reason, path):
         "Note that `path` is passed over."
@@ -283,12 +284,14 @@ class _Walk:
 
 # %% ../../nbs/3_suite/05_reading.ipynb #730f77d5
 def _visit(walk: _Walk, folder: str) -> None:
-    "Add what lies in `folder` and below to `walk`."
+    "Add what lies in `folder` and below to `walk`; links to folders wait in `walk.waiting`."
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
         if entry.is_dir():
             if is_system_folder(entry.name):
                 walk.skip('hidden or system folders', entry.path)
-            elif walk.is_new(entry.path):
+            elif entry.is_symlink():
+                walk.waiting.append(entry.path)
+            else:
                 _visit(walk, entry.path)
         elif entry.name.startswith('.') or entry.name.lower() in _QUIET:
             continue
@@ -296,6 +299,15 @@ def _visit(walk: _Walk, folder: str) -> None:
             walk.skip('files that are no images', entry.path)
         elif walk.is_new(entry.path):
             walk.images.append(entry.path)
+
+
+def _follow_links(walk: _Walk) -> None:
+    "Visit the waiting links to folders, the least deep first: a class before what is in one."
+    while walk.waiting:
+        path = min(walk.waiting, key=lambda p: (p.count(os.sep), p))
+        walk.waiting.remove(path)
+        if walk.is_new(path):
+            _visit(walk, path)
 
 # %% ../../nbs/3_suite/05_reading.ipynb #3696cc5f
 def scan_folder(
@@ -305,6 +317,7 @@ def scan_folder(
     walk = _Walk(str(folder))
     if os.path.isdir(folder):
         _visit(walk, str(folder))
+        _follow_links(walk)
     passed = {reason: tuple(paths) for reason, paths in walk.passed.items()}
     return Scan(str(folder), tuple(sorted(walk.images)), passed)
 
