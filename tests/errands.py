@@ -93,7 +93,7 @@ def sleep(folder, n):
 def invert_one(lora, first, device):
     "Invert one LoRA of the miniature, smoke size"
     from lora_recycle.core import generator  # here: few workers need these, and they take seconds
-    from lora_recycle.method.inversion import InvertConfig, invert
+    from lora_recycle.method.inversion import InvertConfig, Priors, invert
     from lora_recycle.suite.miniature import load_miniature, load_prior, load_token_stats
 
     config = InvertConfig(steps=3, per_class=3, alpha_tokens=1.0, alpha_tv=1.0)
@@ -101,10 +101,8 @@ def invert_one(lora, first, device):
         invert(
             load_miniature().to(device),
             lora[first : first + 1],
-            36,
             config,
             generator(0, first),
-            load_prior().to(device),
-            load_token_stats().to(device),
+            Priors(load_prior().to(device), load_token_stats().to(device)),
         )
     )

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_recycle import cost
-from lora_recycle.method.backbone import encode
+from lora_recycle.method.backbone import encode_tokens
 from lora_recycle.core import generator
 from lora_recycle.bench.cost import (
     ViTShape,
@@ -91,14 +91,8 @@ def test_the_true_count_is_torchs(plan, n_in, n, rank, seed):
     keep = torch.stack([torch.randperm(16, generator=gen)[:n_in].sort().values for _ in range(n)])
     lora = new_lora(3, 16, rank, gen) if rank else None
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        out = encode(
-            backbone,
-            torch.randn(n, 3, 24, 24, generator=gen),
-            lora,
-            plan=plan,
-            keep=keep,
-            with_tokens=True,
-        )
+        x = torch.randn(n, 3, 24, 24, generator=gen)
+        out = encode_tokens(backbone, x, lora, plan=plan, keep=keep)
     assert counter.get_total_flops() == round(n * flops_true_g(TINY, plan, n_in, rank) * 1e9)
     assert [t.shape[1] for t in out.tokens] == [
         mlp for _, mlp in tokens_per_layer(TINY, plan, n_in)

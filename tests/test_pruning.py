@@ -7,8 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from lora_recycle import backbone as library
-from lora_recycle.method.backbone import Backbone, encode, gather_tokens, most_attended
+from lora_recycle.method import backbone as library
+from lora_recycle.method.backbone import (
+    Backbone,
+    encode,
+    encode_tokens,
+    gather_tokens,
+    most_attended,
+)
 from lora_recycle.core import generator
 from lora_recycle.method.lora import LoRA
 
@@ -189,7 +195,7 @@ def test_sparse_tokens_and_a_lora_for_each_group_equal_the_slow_transformer(plan
 @given(grid=grids, plan=plans, n=st.integers(1, 5), seed=st.integers(0, 99))
 def test_what_is_left(grid, plan, n, seed):
     "Counts follow the plan, relative to what is left; numbers ascend, are of the grid and never doubled; [CLS] is there after every layer"
-    out = encode(make(*grid), pictures(n, *grid, seed=seed), plan=plan, with_tokens=True)
+    out = encode_tokens(make(*grid), pictures(n, *grid, seed=seed), plan=plan)
     left = grid[0] * grid[1]
     for layer in range(LAYERS):
         left -= int(left * plan.get(layer, 0))
@@ -289,9 +295,8 @@ def test_a_dropped_token_gets_no_gradient_after_its_layer(layer, monkeypatch):
 
     monkeypatch.setattr(library, 'gather_tokens', spy)
     x = pictures(3, 4, 6).requires_grad_()
-    out = encode(
-        make(4, 6), x, plan={layer: 0.5}, with_tokens=True
-    )  # without, nobody but [CLS] is left behind the last attention
+    # `encode` leaves nobody but [CLS] behind the last attention
+    out = encode_tokens(make(4, 6), x, plan={layer: 0.5})
     out.features.square().sum().backward()
     ((stream, stay),) = seen
     assert torch.equal(stay, out.kept)

@@ -12,8 +12,8 @@ import torch
 from lora_recycle.method.backbone import blank_dropped, encode
 from lora_recycle.core import generator
 from lora_recycle.bench.cost import ViTShape, inversion_step, meta_step, random_backbone
-from lora_recycle.method.distill import DistillConfig, task_loss
-from lora_recycle.method.inversion import InvertConfig, inversion_losses
+from lora_recycle.method.distill import DistillConfig, Embedder, Task, task_loss
+from lora_recycle.method.inversion import InversionProblem, InvertConfig, Priors
 from lora_recycle.method.lora import LoRA, new_lora
 from lora_recycle.suite.miniature import load_prior
 from lora_recycle.bench.reference import (
@@ -63,16 +63,9 @@ def backbone(request):
 def test_inversion_loss_and_image_gradient_agree(backbone, plan, with_prior):
     lora, x = lora_of(backbone), torch.randn(10, 3, 36, 36, generator=generator(1)).requires_grad_()
     labels, config = torch.arange(10) % 5, InvertConfig(alpha_bn=0.01 * with_prior)
-    ours, _, _ = inversion_losses(
-        backbone,
-        lora.map(lambda t: t[None]),
-        x,
-        labels,
-        config,
-        plan,
-        load_prior() if with_prior else None,
-        None,
-    )
+    priors = Priors(load_prior() if with_prior else None)
+    problem = InversionProblem(backbone, lora.map(lambda t: t[None]), labels, config, priors)
+    ours, _, _ = problem.losses(x, plan)
     prior = load_prior() if with_prior else None
     plain = plain_losses(wrap_lora(backbone, lora), x, labels, plan, prior, hook_prior(prior))
     assert apart(ours, plain) < WITHIN
@@ -96,17 +89,8 @@ def test_meta_training_loss_and_lora_gradient_agree(backbone, kept):
     )
     keep = torch.stack([torch.randperm(36, generator=gen)[:kept].sort().values for _ in range(20)])
     x, config = torch.randn(20, 3, 36, 36, generator=gen), DistillConfig(n_query=3)
-    ours, _ = task_loss(
-        backbone,
-        lora,
-        None,
-        x.view(1, 5, 4, 3, 36, 36),
-        keep.view(1, 5, 4, kept),
-        None,
-        None,
-        config,
-        mixed=True,
-    )
+    task = Task(x.view(1, 5, 4, 3, 36, 36), mixed=True, kept=keep.view(1, 5, 4, kept))
+    ours, _ = task_loss(Embedder(backbone, lora), None, task, config)
     model = wrap_lora(backbone, lora.map(torch.Tensor.detach))
     features = model(blank_dropped(x, keep, 6), masked=True).view(1, 5, 4, -1)
     plain = torch.nn.functional.cross_entropy(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from lora_recycle.method.backbone import encode, normalise
 from lora_recycle.core import Cache, generator
 from lora_recycle.suite.images import ImageSet, load_set
-from lora_recycle.method.distill import DistillConfig, distill
+from lora_recycle.method.distill import DistillConfig, Embedder, Pool, Task, distill
 from lora_recycle.suite.episodes import draw_episodes
 from lora_recycle.rivals.finetune import HubConfig
 from lora_recycle.method.lora import new_lora
@@ -108,9 +108,10 @@ def test_text_logits_do_not_know_the_length_of_a_feature(pool):
 def test_loss_finds_the_planted_names(backbone, pool, mixed):
     images, teachers = pool
     views, m, c = text_tasks(backbone, images, CONFIG, mixed, generator(0, 'tasks'))
-    loss, accuracy = text_loss(backbone, None, teachers, views, None, m, c, CONFIG, mixed)
+    student, market = Embedder(backbone), Embedder(backbone, teachers)
+    loss, accuracy = text_loss(student, market, Task(views, mixed, m, c), CONFIG)
     assert accuracy == 1 and loss < (0.3 if mixed else 1e-5)
-    turned, worse = text_loss(backbone, None, teachers, views, None, m, c.roll(1, 1), CONFIG, mixed)
+    turned, worse = text_loss(student, market, Task(views, mixed, m, c.roll(1, 1)), CONFIG)
     if mixed:
         assert worse < 0.5 and turned > loss + 1  # names of other classes
     else:
@@ -126,8 +127,9 @@ def test_distillation_has_its_minimum_at_the_teacher(backbone, pool):
         backbone, images, replace(CONFIG, tasks=1), False, generator(0, 'tasks')
     )
     own, other = int(m[0, 0]), (int(m[0, 0]) + 1) % 3
+    task = Task(views, False, m, c)
     losses = [
-        text_loss(backbone, tuned[i], tuned, views, None, m, c, CONFIG, False)[0].item()
+        text_loss(Embedder(backbone, tuned[i]), Embedder(backbone, tuned), task, CONFIG)[0].item()
         for i in (own, other)
     ]
     assert abs(losses[0]) < 1e-5 < losses[1]
@@ -139,7 +141,8 @@ def test_kept_patches_are_all_that_is_seen(backbone, pool):
     keep = torch.arange(9).expand(*views.shape[:3], -1)
     changed = views.clone()
     changed[..., 12:, :] = 5.0  # patches 0 to 8 lie in the upper two rows of six
-    loss = lambda x, k: text_loss(backbone, None, teachers, x, k, m, c, CONFIG, True)[0]
+    market = Embedder(backbone, teachers)
+    loss = lambda x, k: text_loss(Embedder(backbone), market, Task(x, True, m, c, k), CONFIG)[0]
     assert torch.equal(loss(views, keep), loss(changed, keep)) and not torch.equal(
         loss(views, None), loss(changed, None)
     )
@@ -156,7 +159,7 @@ def test_meta_training_learns_and_repeats_itself(backbone, pool, start):
     )  # every class has the name of another one
     config = replace(CONFIG, start=start, steps=30, cycle=30, mix=1.0, lr=6e-3)
     made = [
-        distill(backbone, spoilt, images, config, generator(0, 'distill'), loss_of=text_loss)
+        distill(backbone, spoilt, Pool(images), config, generator(0, 'distill'), loss_of=text_loss)
         for _ in range(2)
     ]
     assert all(
@@ -218,7 +221,8 @@ def test_lorahub_is_no_worse_than_its_start(backbone, pool):
     views, m, c = text_tasks(
         backbone, images, replace(CONFIG, tasks=2), True, generator(0, 'fresh')
     )
-    loss = lambda lora: text_loss(backbone, lora, market, views, None, m, c, CONFIG, True)[0]
+    task, teachers = Task(views, True, m, c), Embedder(backbone, market)
+    loss = lambda lora: text_loss(Embedder(backbone, lora), teachers, task, CONFIG)[0]
     assert made.rank == 2 and loss(made) < loss(market[0])
     assert torch.equal(
         made.A, hub_named(backbone, market, images, CONFIG, hub, generator(0, 'hub')).A

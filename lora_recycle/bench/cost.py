@@ -84,7 +84,7 @@ VIT_B32 = ViTShape('ViT-B/32', 224, 32, 768, 12, 12, 512)
 
 # %% ../../nbs/5_bench/02_cost.ipynb #1234aa69
 def shape_of(
-    backbone: Backbone,
+    backbone: Backbone,  # any
 ) -> ViTShape:
     "The shape of `backbone`; ValueError if its patches form no square."
     rows = math.isqrt(backbone.n_patches)
@@ -127,7 +127,7 @@ def _draw_weight(name: str, size: tuple, shape: ViTShape, gen: torch.Generator) 
 
 # %% ../../nbs/5_bench/02_cost.ipynb #af8da216
 def random_backbone(
-    shape: ViTShape,
+    shape: ViTShape,  # of the transformer
     gen: torch.Generator,  # weights are drawn from it
     act: str = 'quick_gelu',  # as OpenAI's weights; or 'gelu'
 ) -> Backbone:
@@ -155,7 +155,7 @@ def n_kept_patches(
 
 
 def tokens_per_layer(
-    shape: ViTShape,
+    shape: ViTShape,  # of the transformer
     plan: dict | None = None,  # {layer: ratio}, layers from 0
     n_in: int | None = None,  # patches that enter layer 0; None: all
 ) -> list:  # for each layer (tokens in attention, tokens in MLP), [CLS] included
@@ -171,7 +171,7 @@ def tokens_per_layer(
 
 # %% ../../nbs/5_bench/02_cost.ipynb #66e5af7b
 def flops_g(
-    shape: ViTShape,
+    shape: ViTShape,  # of the transformer
     plan: dict | None = None,  # {layer: ratio}
     n_in: int | None = None,  # patches that enter layer 0 after the embedding; None: all
 ) -> float:  # in units of 10^9
@@ -185,7 +185,7 @@ def flops_g(
 
 # %% ../../nbs/5_bench/02_cost.ipynb #097552f3
 def flops_true_g(
-    shape: ViTShape,
+    shape: ViTShape,  # of the transformer
     plan: dict | None = None,  # {layer: ratio}
     n_in: int | None = None,  # patches that enter layer 0; None: all
     rank: int = 0,  # of a LoRA on q and v; 0: none
@@ -206,12 +206,12 @@ def flops_true_g(
 
 # %% ../../nbs/5_bench/02_cost.ipynb #23fe84eb
 def inversion_step(
-    backbone: Backbone,
+    backbone: Backbone,  # frozen
     prior: nn.Module | None,  # batch-norm network of Eq. 2; None: cross-entropy only
     batch: int,  # images
     plan: dict | None = None,  # {layer: ratio}
     way: int = 5,  # classes of the LoRA that is inverted
-    seed: int = 0,
+    seed: int = 0,  # of start, LoRA and views
 ) -> Callable:  # function () -> loss, a tensor without gradient
     "A function that does one optimiser step on images of noise (Eq. 1), against a new LoRA."
     check_int('batch', batch, 1)
@@ -249,12 +249,12 @@ def _draw_noise(shape: ViTShape, batch: int, sparsity: float, gen) -> tuple:
 
 # %% ../../nbs/5_bench/02_cost.ipynb #6c7ac483
 def meta_step(
-    backbone: Backbone,
+    backbone: Backbone,  # frozen
     batch: int,  # images of one task, support and query; a multiple of `way`
     sparsity: float = 0.0,  # share of the patches that never enter, [0, 1)
-    way: int = 5,
+    way: int = 5,  # classes of the task
     shot: int = 1,  # support images of each class; the others are queries
-    seed: int = 0,
+    seed: int = 0,  # of images, patches and LoRA
 ) -> Callable:  # function () -> loss, a tensor without gradient
     "A function that does one optimiser step on the meta-LoRA (Eq. 4), from images of noise."
     _check_task(batch, sparsity, way, shot)
@@ -269,6 +269,7 @@ def meta_step(
     opt = torch.optim.Adam(lora.tensors().values(), lr=config.lr)
 
     def step() -> Tensor:
+        "One step."
         x = normalise(augment(images.float() / 255, config, gen), backbone)
         task = Task(x.view(1, way, per, *x.shape[1:]), mixed=True, kept=kept)
         loss, _ = task_loss(Embedder(backbone, lora), None, task, config)  # asks no teacher
@@ -281,7 +282,7 @@ def meta_step(
 
 # %% ../../nbs/5_bench/02_cost.ipynb #13d386f6
 def random_prior(
-    seed: int = 0,
+    seed: int = 0,  # of the weights
 ) -> nn.Module:
     "A frozen ResNet-50 with random weights: 53 batch-norm layers, as the paper's prior."
     with torch.random.fork_rng(devices=[]):
@@ -291,15 +292,16 @@ def random_prior(
 # %% ../../nbs/5_bench/02_cost.ipynb #e35e735c
 def interleaved(
     steps: dict,  # name -> function without arguments; the first is the one to compare with
-    repeats: int = 5,
+    repeats: int = 5,  # rounds that are recorded
     warmup: int = 1,  # rounds before, not recorded
-    clock: Callable = time.perf_counter,
+    clock: Callable = time.perf_counter,  # () -> seconds
 ) -> pd.DataFrame:  # seconds; one row a round, one column a step
     "Run all `steps` in turn, round after round, and time each."
     check_int('repeats', repeats, 1)
     check_int('warmup', warmup, 0)
 
     def seconds(step) -> float:
+        "What one step takes."
         start = clock()
         step()
         if torch.cuda.is_initialized():
@@ -351,7 +353,7 @@ def _report(target: str, kwargs: str, threads: str):
     print(json.dumps(_high_water(device) - before))
 
 # %% ../../nbs/5_bench/02_cost.ipynb #681bfb58
-def check_handed_over(make_step: str, kwargs: dict):
+def _check_handed_over(make_step: str, kwargs: dict):
     "ValueError unless a fresh process can be told of the step as text."
     if make_step.count(':') != 1:
         raise ValueError(
@@ -384,7 +386,7 @@ def peak_memory(
     **kwargs,  # for it: plain numbers, strings, None, tuples, lists, dicts; maybe `device`
 ) -> float:  # MiB
     "Peak memory of building and running one step in a fresh process."
-    check_handed_over(make_step, kwargs)
+    _check_handed_over(make_step, kwargs)
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path))
     command = [sys.executable, '-c', _REPORT, make_step, repr(kwargs)]
     how = dict(env=env, capture_output=True, text=True)
@@ -402,8 +404,8 @@ def fresh_step(
     shape: tuple,  # fields of a `ViTShape`, in order
     batch: int,  # images
     line: dict | None = None,  # 'plan' and 'prior' of an inversion, or 'sparsity'
-    device: str = 'cpu',
-    seed: int = 0,
+    device: str = 'cpu',  # where it runs
+    seed: int = 0,  # of weights and step
 ) -> Callable:  # function () -> loss
     "A step on a random backbone, everything built here: what `peak_memory` hands over."
     backbone = random_backbone(ViTShape(*shape), generator(seed, 'cost')).to(device)
@@ -565,10 +567,10 @@ def add_ratios(
 
 
 def measure_costs(
-    study: CostStudy,
+    study: CostStudy,  # its lines are measured side by side
     batch: int,  # images in a step; the paper's: 25 (inversion), 100 (meta-training)
-    shape: ViTShape = VIT_B16,
-    timing: Timing = Timing(),
+    shape: ViTShape = VIT_B16,  # of the backbone
+    timing: Timing = Timing(),  # rounds, memory, device, seed
 ) -> pd.DataFrame:  # columns method, title, backbone, dataset, metric, value
     "The cost columns of a table, on random weights and images of noise."
     for line in study.lines:

@@ -25,7 +25,14 @@ from ..suite.images import ImageSet
 from ..method.distill import DistillConfig, augment, prototype_logits
 from ..suite.episodes import Episodes, draw_episodes
 from ..suite.evaluate import nearest_prototype
-from ..method.inversion import Canvas, InvertConfig, inversion_losses, random_view
+from lora_recycle.method.inversion import (
+    Canvas,
+    InvertConfig,
+    InversionProblem,
+    Priors,
+    descend_pixels,
+    random_view,
+)
 from ..method.lora import LoRA, new_lora
 from ..method.market import MarketConfig
 
@@ -232,10 +239,10 @@ def plain_inversion_step(
     )
     labels, canvas, hooks = (
         (torch.arange(batch) % way).to(device),
-        Canvas(batch, shape.side, config, backbone, gen),
+        Canvas(batch, config, backbone, gen),
         hook_prior(prior),
     )
-    x = canvas.start.requires_grad_()
+    x = canvas.pixels
     opt = torch.optim.Adam([x], lr=config.lr, betas=(0.5, 0.99))
 
     def step():
@@ -244,7 +251,7 @@ def plain_inversion_step(
         loss.backward()
         opt.step()
         with torch.no_grad():
-            canvas.clamp_(x)
+            canvas.clamp_()
         return loss.detach()
 
     return step
@@ -333,9 +340,9 @@ def plain_invert(
     model, hooks, way = wrap_lora(backbone, lora), hook_prior(prior), lora.W.shape[-1]
     labels, canvas = (
         torch.arange(way, device=backbone.device).repeat_interleave(config.per_class),
-        Canvas(way * config.per_class, side, config, backbone, gen),
+        Canvas(way * config.per_class, config, backbone, gen),
     )
-    x, best, lowest = canvas.start.requires_grad_(), None, float('inf')
+    x, best, lowest = canvas.pixels, None, float('inf')
     opt = torch.optim.Adam([x], lr=config.lr, betas=(0.5, 0.99))
     for _ in range(config.steps):
         opt.zero_grad()
@@ -353,7 +360,7 @@ def plain_invert(
             best, lowest = x.detach().clone(), loss.item()
         opt.step()
         with torch.no_grad():
-            canvas.clamp_(x)
+            canvas.clamp_()
     return (
         (denormalise(best, backbone) * 255)
         .round()
@@ -432,22 +439,10 @@ def market_step(
     ).map(lambda t: t.to(device))
     labels, canvas = (
         (torch.arange(images, device=device) % way).repeat(loras),
-        Canvas(loras * images, side, config, backbone, gen),
+        Canvas(loras * images, config, backbone, gen),
     )
-    x = canvas.start.requires_grad_()
-    opt = torch.optim.Adam([x], lr=config.lr, betas=(0.5, 0.99))
-
-    def step():
-        loss, _, _ = inversion_losses(
-            backbone, lora, random_view(x, config, gen), labels, config, None, None, None
-        )
-        (x.grad,) = torch.autograd.grad(loss.sum(), x)
-        opt.step()
-        with torch.no_grad():
-            canvas.clamp_(x)
-        return loss.detach().mean()
-
-    return step
+    problem = InversionProblem(backbone, lora, labels, config)
+    return lambda: descend_pixels(problem, canvas).mean()
 
 
 def solve_step(

@@ -26,9 +26,9 @@ from ..core import Cache, check_choice, check_int, digest, generator, load_tenso
 from ..bench.cost import VIT_B16, ViTShape
 from ..suite.images import IN_DOMAIN, PAPER_SETS, ImageSet, load_set
 from ..paper.datasets import NORMALISATIONS, FileSet, on_disk, read_set
-from .distill import DistillConfig, distill, distill_whole
+from .distill import DistillConfig, Pool, distill, distill_whole
 from ..rivals.finetune import HubConfig, TuneConfig
-from .inversion import InvertConfig, invert, sparse_patches
+from .inversion import InvertConfig, Priors, invert, sparse_patches
 from ..jobs import Executor, run_jobs
 from .lora import LoRA
 from .market import Market, MarketConfig, private_data, tune_market
@@ -357,7 +357,7 @@ def _inverted_chunk(run: 'Chain', lora: LoRA, first: int) -> dict[str, Tensor]:
         with products(run):
             made = [
                 vars(
-                    invert(run.backbone, lora, run.data.images.shape[-1], small, gen, prior, stats)
+                    invert(run.backbone, lora, small, gen, Priors(prior, stats))
                 )
                 for _ in range(rounds)
             ]
@@ -617,7 +617,7 @@ def meta_lora(
 
     def make():
         with products(run):
-            lora, curve = distill(run.backbone, teachers, images, config, gen, kept)
+            lora, curve = distill(run.backbone, teachers, Pool(images, kept), config, gen)
         return dict(A=lora.A, B=lora.B, curve=curve)
 
     key = dict(
@@ -653,7 +653,7 @@ def meta_backbone(run: Chain, shot: int, **changes) -> Backbone:
 
     def make():
         with products(run):
-            return distill_whole(run.backbone, teachers, images, config, gen)[0].weights
+            return distill_whole(run.backbone, teachers, Pool(images), config, gen)[0].weights
 
     weights = run.cache.get('whole', key | reduced(run.scale), make)
     return replace(run.backbone, name=f'{run.backbone.name}, meta-trained', weights=weights)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['prototype_logits', 'DistillConfig', 'rate_at', 'mirror', 'mirror_patches', 'recolour', 'augment', 'draw_tasks',
-           'reorder_classes', 'head_log_probs', 'pool_logits', 'teacher_log_probs', 'task_loss', 'first_lora',
-           'worth_caching_teachers', 'meta_train', 'distill', 'distill_whole']
+           'Pool', 'Embedder', 'Task', 'reorder_classes', 'head_log_probs', 'teacher_log_probs', 'task_loss',
+           'worth_caching_teachers', 'pool_logits', 'first_lora', 'Learner', 'meta_train', 'distill', 'distill_whole']
 
 # %% ../../nbs/1_method/04_distill.ipynb #e386f03d
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,25 +17,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .backbone import Backbone, encode, normalise
 from ..core import check_choice, check_int
+from .backbone import Backbone, encode, normalise
 from .inversion import affine_view
 from .lora import LoRA, average_products, new_lora, only_layers, truncate_rank
 from .market import head_logits
 
 # %% ../../nbs/1_method/04_distill.ipynb #7c71dfe8
-def prototype_logits(support: Tensor, query: Tensor, distance: str = 'plain') -> Tensor:
-    "Logits [T,way,Q,way]: minus the distance ('plain' or 'squared' norm) of queries [T,way,Q,D] to the class means of support [T,way,K,D]."
+def prototype_logits(
+    support: Tensor,  # features [T,way,K,D]
+    query: Tensor,  # features [T,way,Q,D]
+    distance: str = 'plain',  # norm of the difference: 'plain' or 'squared'
+) -> Tensor:  # [T,way,Q,way]
+    "Logits of queries: minus the distance to the mean of each class's support."
     gap = query[:, :, :, None] - support.mean(2)[:, None, None]
     squared = gap.square().sum(-1)
-    return (
-        -squared if distance == 'squared' else -(squared + 1e-6).sqrt()
-    )  # the small term: sqrt has no gradient at 0
+    return -squared if distance == 'squared' else -(squared + 1e-6).sqrt()
 
 # %% ../../nbs/1_method/04_distill.ipynb #1bcf225d
 @dataclass(frozen=True)
 class DistillConfig:
-    "Meta-training (Sec. 4.2). Defaults are the paper's: Adam 1e-3 in cycles of 100 steps (25 warm-up from 1e-5, then cosine), one task a step, flips."
+    "Meta-training (Sec. 4.2). Defaults are the paper's."
 
     steps: int = 240_000
     tasks: int = 1  # tasks a step
@@ -43,64 +46,81 @@ class DistillConfig:
     n_query: int = 15  # a class
     rank: int = 4
     lr: float = 1e-3
-    lr_min: float = 1e-5
-    cycle: int = 100
-    warmup: int = 25
+    lr_min: float = 1e-5  # where the warm-up begins and the cosine ends
+    cycle: int = 100  # steps
+    warmup: int = 25  # steps
     mix: float = 0.5  # probability of a step on mixed tasks (Eq. 4); the others are Eq. 3
-    distance: str = 'plain'  # what classifies a query: 'plain' or 'squared' distance to prototypes, or the teacher's own 'head' (no few-shot task is learnt; needs mix=0)
-    layers: tuple = ()  # layers that learn; () = all
-    start: str = (
-        'zero'  # 'zero': a new LoRA; 'average': the mean product of the teachers, cut to `rank`
-    )
+    distance: str = 'plain'  # to prototypes, 'plain' or 'squared'; 'head': see the last section
+    layers: tuple = ()  # numbers of those that learn; () = all
+    start: str = 'zero'  # a new LoRA; or 'average', that of the teachers cut to `rank`
     flip: float = 0.5  # probability of a mirrored image
     affine: float = 0.0  # strength of random rotation, scale and shift
     colour: float = 0.0  # strength of random recolouring
 
     def __post_init__(self):
-        for name in ('steps', 'tasks', 'shot', 'n_query', 'rank', 'cycle'):
-            check_int(name, getattr(self, name), 1)
-        check_int('way', self.way, 2)
-        check_int('warmup', self.warmup, 0, self.cycle - 1)
-        check_choice('distance', self.distance, ('plain', 'squared', 'head'))
-        check_choice('start', self.start, ('zero', 'average'))
-        if not 0 <= self.mix <= 1:
-            raise ValueError(f'mix={self.mix!r} must lie in [0, 1]')
-        if self.distance == 'head' and self.mix:
-            raise ValueError(
-                f"distance='head' needs mix=0, not {self.mix}: mixed tasks have no head of their own"
-            )
+        _check_config(self)
 
+# %% ../../nbs/1_method/04_distill.ipynb #40d00001
+def _check_config(config):
+    "ValueError unless all fields of a `DistillConfig` are legal."
+    for name in ('steps', 'tasks', 'shot', 'n_query', 'rank', 'cycle'):
+        check_int(name, getattr(config, name), 1)
+    check_int('way', config.way, 2)
+    check_int('warmup', config.warmup, 0, config.cycle - 1)
+    check_choice('distance', config.distance, ('plain', 'squared', 'head'))
+    check_choice('start', config.start, ('zero', 'average'))
+    if not 0 <= config.mix <= 1:
+        raise ValueError(f'mix={config.mix!r} must lie in [0, 1]')
+    if config.distance == 'head' and config.mix:
+        raise ValueError(
+            f"distance='head' needs mix=0, not {config.mix}: mixed tasks have no head of their own"
+        )
 
-def rate_at(step: int, config: DistillConfig) -> float:
+# %% ../../nbs/1_method/04_distill.ipynb #40d00002
+def rate_at(
+    step: int,  # from 0
+    config: DistillConfig,  # lr, lr_min, cycle and warmup
+) -> float:
     "Learning rate of a step: in every cycle a linear warm-up, then a cosine."
-    at, low, high = step % config.cycle, config.lr_min, config.lr
+    at = step % config.cycle
+    span = config.lr - config.lr_min
     if at < config.warmup:
-        return low + (high - low) * (at + 1) / config.warmup
-    return low + (high - low) * 0.5 * (
-        1 + math.cos(math.pi * (at - config.warmup) / (config.cycle - config.warmup))
-    )
+        return config.lr_min + span * (at + 1) / config.warmup
+    done = (at - config.warmup) / (config.cycle - config.warmup)
+    return config.lr_min + span * 0.5 * (1 + math.cos(math.pi * done))
 
 # %% ../../nbs/1_method/04_distill.ipynb #5d234b94
-def mirror(images: Tensor, share: float, gen: torch.Generator) -> tuple[Tensor, Tensor]:
-    "Images [B,3,H,W], each mirrored with probability `share`, and which of them are: bool [B]."
+def mirror(
+    images: Tensor,  # [B,3,H,W]
+    share: float,  # probability of each to be mirrored
+    gen: torch.Generator,  # drawn from unless share is 0
+) -> tuple[Tensor, Tensor]:  # images [B,3,H,W], and which are mirrored: bool [B]
+    "Images, some of them mirrored by chance."
     if not share:
         return images, torch.zeros(len(images), dtype=torch.bool, device=images.device)
     mirrored = (torch.rand(len(images), generator=gen) < share).to(images.device)
     return torch.where(mirrored[:, None, None, None], images.flip(3), images), mirrored
 
-
-def mirror_patches(kept: Tensor, n_patches: int) -> Tensor:
-    "The patch numbers [...,K] of a square grid of `n_patches` when the image is mirrored, ascending."
+# %% ../../nbs/1_method/04_distill.ipynb #40d00005
+def mirror_patches(
+    kept: Tensor,  # patch numbers [...,K]
+    n_patches: int,  # of an image, a square grid
+) -> Tensor:  # [...,K], ascending
+    "The same patches when the image is mirrored."
     side = math.isqrt(n_patches)
     return (kept + side - 1 - 2 * (kept % side)).sort(-1).values
 
-
-def recolour(images: Tensor, strength: float, gen: torch.Generator) -> Tensor:
-    "Images [B,3,H,W] in [0,1] with channels mixed, contrast and brightness changed, some inverted; each on its own."
-    B, flat = len(images), images.flatten(2)
-    mix = (torch.eye(3) + torch.randn(B, 3, 3, generator=gen) * 0.3 * strength) * (
-        1 + (torch.rand(B, 1, 1, generator=gen) * 2 - 1) * 0.3 * strength
-    )
+# %% ../../nbs/1_method/04_distill.ipynb #40d00007
+def recolour(
+    images: Tensor,  # [B,3,H,W] in [0,1]
+    strength: float,  # of the change, 0: none
+    gen: torch.Generator,  # drawn from for each image
+) -> Tensor:  # [B,3,H,W] in [0,1]
+    "Images with channels mixed, contrast and brightness changed, some inverted."
+    B = len(images)
+    flat = images.flatten(2)
+    mix = torch.eye(3) + torch.randn(B, 3, 3, generator=gen) * 0.3 * strength
+    mix = mix * (1 + (torch.rand(B, 1, 1, generator=gen) * 2 - 1) * 0.3 * strength)
     shift = torch.randn(B, 3, 1, generator=gen) * 0.15 * strength
     negative = (torch.rand(B, 1, 1, generator=gen) < 0.5 * strength).to(images.device)
     centre = flat.mean(2, keepdim=True)
@@ -108,257 +128,305 @@ def recolour(images: Tensor, strength: float, gen: torch.Generator) -> Tensor:
     return torch.where(negative, 1 - flat, flat).view_as(images).clamp(0, 1)
 
 
-def augment(images: Tensor, config: DistillConfig, gen: torch.Generator) -> Tensor:
-    "Images float [B,3,H,W] in [0,1], each mirrored, turned and recoloured at random, as far as `config` says."
+def augment(
+    images: Tensor,  # [B,3,H,W] in [0,1]
+    config: DistillConfig,  # flip, affine and colour
+    gen: torch.Generator,  # drawn from for what is not 0
+) -> Tensor:  # [B,3,H,W] in [0,1]
+    "Images mirrored, turned and recoloured at random, each on its own."
     images, _ = mirror(images, config.flip, gen)
     if config.affine:
         images = affine_view(images, config.affine, gen)
     return recolour(images, config.colour, gen) if config.colour else images
 
+# %% ../../nbs/1_method/04_distill.ipynb #40d00008
+def _check_pool(size: tuple, config: DistillConfig, classes: int):
+    "ValueError unless tasks can be drawn from a pool of `size` (M, way, n)."
+    need = config.shot + config.n_query
+    if size[2] < need:
+        raise ValueError(
+            f'the pool has {size[2]} images a class, but shot + n_query = {need}; '
+            'invert more (per_class) or lower n_query'
+        )
+    if classes < config.way:
+        raise ValueError(f'way={config.way} exceeds the {classes} classes of the pool')
+
+
+def _shuffle(total: int, first: int, rows: int, gen: torch.Generator) -> Tensor:
+    "In each of `rows` rows the first numbers of a shuffled range(total): [rows,first]."
+    return torch.stack([torch.randperm(total, generator=gen)[:first] for _ in range(rows)])
+
 # %% ../../nbs/1_method/04_distill.ipynb #737b1e1a
 def draw_tasks(
-    size: tuple[int, int, int], config: DistillConfig, mixed: bool, gen: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tasks from a pool of `size` (M LoRAs, way classes, n images): LoRA numbers and class numbers [T,way], image numbers [T,way,shot+n_query] into the
-    flat pool [M*way*n]. `mixed`: classes of any LoRAs; else all of one LoRA. ValueError if the pool is too small."""
+    size: tuple[int, int, int],  # of the pool: M LoRAs, way classes, n images of each
+    config: DistillConfig,  # tasks, way, shot and n_query
+    mixed: bool,  # classes of any LoRAs; else all of one LoRA
+    gen: torch.Generator,  # drawn from
+) -> tuple[Tensor, Tensor, Tensor]:  # LoRA, class [T,way]; images of the flat pool [T,way,S+Q]
+    "Random tasks from a pool, as numbers."
     M, ways, n = size
-    need = config.shot + config.n_query
-    if n < need:
-        raise ValueError(
-            f'the pool has {n} images a class, but shot + n_query = {need}; invert more (per_class) or lower n_query'
-        )
-    if (M * ways if mixed else ways) < config.way:
-        raise ValueError(
-            f'way={config.way} exceeds the {M * ways if mixed else ways} classes of the pool'
-        )
-    shuffled = lambda total, first: torch.stack(
-        [torch.randperm(total, generator=gen)[:first] for _ in range(config.tasks)]
-    )
+    _check_pool(size, config, M * ways if mixed else ways)
     if mixed:
-        both = shuffled(M * ways, config.way)
-        m, c = both // ways, both % ways
+        both = _shuffle(M * ways, config.way, config.tasks, gen)
+        m = both // ways
+        c = both % ways
     else:
-        m, c = (
-            torch.randint(M, (config.tasks, 1), generator=gen).expand(-1, config.way),
-            shuffled(ways, config.way),
-        )
-    pick = torch.stack([torch.randperm(n, generator=gen)[:need] for _ in range(m.numel())]).view(
-        *m.shape, need
-    )
+        m = torch.randint(M, (config.tasks, 1), generator=gen).expand(-1, config.way)
+        c = _shuffle(ways, config.way, config.tasks, gen)
+    pick = _shuffle(n, config.shot + config.n_query, m.numel(), gen).view(*m.shape, -1)
     return m, c, ((m * ways + c) * n)[..., None] + pick
 
-# %% ../../nbs/1_method/04_distill.ipynb #db35e5e2
-def reorder_classes(logits: Tensor, c: Tensor) -> Tensor:
-    "Log-probabilities [T,way,Q,way] from logits [T,way,Q,C] of a LoRA's C classes, of which task t has c[t], in the order c [T,way]."
-    return logits.gather(
-        -1, c.to(logits.device)[:, None, None].expand(-1, *logits.shape[1:3], -1)
-    ).log_softmax(-1)
+# %% ../../nbs/1_method/04_distill.ipynb #40d0000a
+@dataclass(frozen=True)
+class Pool:
+    "Images of the classes of M LoRAs, from which tasks are drawn."
 
+    images: Tensor  # uint8 [M,way,n,3,H,W]
+    kept: Tensor | None = None  # patches that are seen [M,way,n,K]; None: all
 
-def head_log_probs(teachers: LoRA, m: Tensor, c: Tensor, features: Tensor) -> Tensor:
-    "Log-probabilities [T,way,Q,way] of features [T,way,Q,D] under the head of LoRA m[t], its classes in the order c [T,way]."
-    return reorder_classes(
-        head_logits(features.flatten(0, 2), teachers[m[:, 0].to(teachers.A.device)]).view(
-            *features.shape[:3], -1
-        ),
-        c,
-    )
-
-
-@torch.no_grad()
-def pool_logits(
-    backbone: Backbone, teachers: LoRA, images: Tensor, kept: Tensor | None = None
-) -> Tensor:
-    "What LoRA m says of its images [m] of the pool uint8 [M,way,n,3,H,W], as they are and mirrored, on the patches `kept` [M,way,n,K] only if given: logits [2,M*way*n,way]."
-    said = []
-    for m, own in enumerate(tqdm(images, desc='teachers on their images', leave=False)):
-        lora, keep, x = (
-            teachers[m],
-            None if kept is None else kept[m].flatten(0, 1),
-            own.flatten(0, 1),
-        )
-        views = (
-            (x, keep),
-            (x.flip(3), None if kept is None else mirror_patches(keep, backbone.n_patches)),
-        )
-        said.append(
-            torch.stack(
-                [
-                    head_logits(
-                        encode(backbone, normalise(v, backbone), lora, keep=k).features, lora
-                    )
-                    for v, k in views
-                ]
+    def __post_init__(self):
+        if self.kept is not None and self.kept.shape[:3] != self.images.shape[:3]:
+            raise ValueError(
+                f'kept {list(self.kept.shape)} does not fit images {list(self.images.shape)}; '
+                'the first three sizes must be equal'
             )
-        )
-    return torch.cat(said, 1)
+
+# %% ../../nbs/1_method/04_distill.ipynb #40d0000d
+@dataclass(frozen=True)
+class Embedder:
+    "A backbone with one LoRA, or M, on it."
+
+    backbone: Backbone
+    lora: LoRA | None = None  # one, or M for M equal consecutive groups; None: the backbone alone
+
+    def features(
+        self,
+        images: Tensor,  # normalised [T,way,n,3,H,W]
+        kept: Tensor | None = None,  # patches that are seen [T,way,n,K]; None: all
+    ) -> Tensor:  # [T,way,n,D_out]
+        "Features of the images of T tasks."
+        kept = None if kept is None else kept.flatten(0, 2)
+        found = encode(self.backbone, images.flatten(0, 2), self.lora, keep=kept).features
+        return found.view(*images.shape[:3], -1)
+
+
+@dataclass(frozen=True)
+class Task:
+    "T few-shot tasks of one step; the first `shot` images of a class are its support."
+
+    images: Tensor  # normalised [T,way,shot+Q,3,H,W]
+    mixed: bool  # classes of several LoRAs (Eq. 4); else all of one (Eq. 3)
+    m: Tensor | None = None  # which LoRA each class is of [T,way]
+    c: Tensor | None = None  # which class of that LoRA it is [T,way]
+    kept: Tensor | None = None  # patches that are seen [T,way,shot+Q,K]; None: all
+    target: Tensor | None = None  # what the teachers say of the queries [T,way,Q,way], if known
+
+# %% ../../nbs/1_method/04_distill.ipynb #db35e5e2
+def reorder_classes(
+    logits: Tensor,  # of all classes of a LoRA [T,way,Q,C]
+    c: Tensor,  # classes of the task, in its order [T,way]
+) -> Tensor:  # [T,way,Q,way]
+    "Log-probabilities of a task's classes, in the order of the task."
+    index = c.to(logits.device)[:, None, None].expand(-1, *logits.shape[1:3], -1)
+    return logits.gather(-1, index).log_softmax(-1)
+
+
+def head_log_probs(
+    features: Tensor,  # [T,way,Q,D_out]
+    teachers: LoRA,  # M with heads
+    task: Task,  # each of its tasks of one LoRA
+) -> Tensor:  # [T,way,Q,way]
+    "Log-probabilities of features under the head of the task's LoRA."
+    heads = teachers[task.m[:, 0].to(teachers.A.device)]
+    logits = head_logits(features.flatten(0, 2), heads)
+    return reorder_classes(logits.view(*features.shape[:3], -1), task.c)
 
 
 @torch.no_grad()
 def teacher_log_probs(
-    backbone: Backbone, teachers: LoRA, m: Tensor, c: Tensor, query: Tensor, keep: Tensor | None
-) -> Tensor:
-    "Log-probabilities [T,way,Q,way] of LoRA m[t] for queries [T,way,Q,3,H,W] of task t, its classes in the order c [T,way]."
-    lora = teachers[m[:, 0].to(teachers.A.device)]
-    features = encode(
-        backbone, query.flatten(0, 2), lora, keep=None if keep is None else keep.flatten(0, 2)
-    ).features
-    return head_log_probs(teachers, m, c, features.view(*query.shape[:3], -1))
+    teachers: Embedder,  # the backbone with M LoRAs
+    task: Task,  # each of its tasks of one LoRA
+    shot: int,  # its first images, which are not asked about
+) -> Tensor:  # [T,way,Q,way]
+    "What the LoRA of each task says of the queries."
+    lora = teachers.lora[task.m[:, 0].to(teachers.lora.A.device)]
+    kept = None if task.kept is None else task.kept[:, :, shot:]
+    features = Embedder(teachers.backbone, lora).features(task.images[:, :, shot:], kept)
+    return head_log_probs(features, teachers.lora, task)
 
-
+# %% ../../nbs/1_method/04_distill.ipynb #40d00010
 def task_loss(
-    backbone: Backbone,
-    lora: LoRA | None,
-    teachers: LoRA,
-    images: Tensor,
-    keep: Tensor | None,
-    m: Tensor,
-    c: Tensor,
-    config: DistillConfig,
-    mixed: bool,
-    student: Backbone | None = None,
-    target: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Loss and query accuracy of tasks: images normalised [T,way,shot+Q,3,H,W], kept patches [T,way,shot+Q,K] or None; `student`: its backbone, if not the teachers';
-    `target`: the teachers' log-probabilities [T,way,Q,way], if known; else they are asked."""
-    T, way, S = images.shape[0], images.shape[1], config.shot
-    flat = None if keep is None else keep.flatten(0, 2)
-    features = encode(student or backbone, images.flatten(0, 2), lora, keep=flat).features.view(
-        T, way, images.shape[2], -1
-    )
+    student: Embedder,  # what learns
+    teachers: Embedder | None,  # not asked on mixed tasks, unless distance is 'head'
+    task: Task,  # T of them
+    config: DistillConfig,  # shot and distance
+) -> tuple[Tensor, Tensor]:  # loss, and share of the queries that are right
+    "Eq. 4 on mixed tasks, else Eq. 3."
+    S = config.shot
+    features = student.features(task.images, task.kept)
     if config.distance == 'head':
-        logits = head_log_probs(teachers, m, c, features[:, :, S:])
+        logits = head_log_probs(features[:, :, S:], teachers.lora, task)
     else:
         logits = prototype_logits(features[:, :, :S], features[:, :, S:], config.distance)
+    way = logits.shape[1]
     labels = torch.arange(way, device=logits.device).view(1, -1, 1).expand(logits.shape[:3])
-    if mixed:
-        loss = F.cross_entropy(logits.flatten(0, 2), labels.flatten())
-    else:
-        if target is None:
-            target = teacher_log_probs(
-                backbone, teachers, m, c, images[:, :, S:], None if keep is None else keep[:, :, S:]
-            )
-        loss = F.kl_div(
-            logits.log_softmax(-1).flatten(0, 2),
-            target.flatten(0, 2),
-            log_target=True,
-            reduction='batchmean',
-        )
-    return loss, (logits.argmax(-1) == labels).float().mean()
+    accuracy = (logits.argmax(-1) == labels).float().mean()
+    if task.mixed:
+        return F.cross_entropy(logits.flatten(0, 2), labels.flatten()), accuracy
+    target = task.target
+    if target is None:
+        target = teacher_log_probs(teachers, task, S)
+    found = logits.log_softmax(-1).flatten(0, 2)
+    loss = F.kl_div(found, target.flatten(0, 2), log_target=True, reduction='batchmean')
+    return loss, accuracy
 
-# %% ../../nbs/1_method/04_distill.ipynb #156d412e
-def first_lora(
-    backbone: Backbone, teachers: LoRA, config: DistillConfig, gen: torch.Generator
-) -> LoRA:
-    "Where meta-training starts, at `config.rank`: see `DistillConfig.start`."
-    if config.start == 'average':
-        return truncate_rank(average_products(teachers), config.rank)
-    return new_lora(backbone.layers, backbone.width, config.rank, gen)
-
-
-def worth_caching_teachers(n_images: int, config: DistillConfig) -> bool:
-    "Whether asking the teachers once about both views of `n_images` images takes fewer passes than asking them in every step of Eq. 3; never if views are new every time."
+# %% ../../nbs/1_method/04_distill.ipynb #40d00013
+def worth_caching_teachers(
+    n_images: int,  # of the pool
+    config: DistillConfig,  # steps, tasks, mix and what images go through
+) -> bool:
+    "Whether asking once about both views of all images takes fewer passes than always asking."
     asked = config.steps * (1 - config.mix) * config.tasks * config.way * config.n_query
     return not (config.affine or config.colour) and 2 * n_images < asked
 
+
+@torch.no_grad()
+def pool_logits(
+    teachers: Embedder,  # the backbone with M LoRAs with heads
+    pool: Pool,  # LoRA m is asked about its own images
+) -> Tensor:  # [2,M*way*n,way]: as they are, and mirrored
+    "What every LoRA says of its images, on the patches that are kept."
+    backbone = teachers.backbone
+    answers = []
+    for m, images in enumerate(tqdm(pool.images, desc='teachers on their images', leave=False)):
+        lora = teachers.lora[m]
+        kept = mirrored = None
+        if pool.kept is not None:
+            kept = pool.kept[m].flatten(0, 1)
+            mirrored = mirror_patches(kept, backbone.n_patches)
+        x = normalise(images.flatten(0, 1), backbone)
+        views = ((x, kept), (x.flip(3), mirrored))
+        features = [encode(backbone, view, lora, keep=keep).features for view, keep in views]
+        answers.append(torch.stack([head_logits(f, lora) for f in features]))
+    return torch.cat(answers, 1)
+
+# %% ../../nbs/1_method/04_distill.ipynb #156d412e
+def first_lora(
+    backbone: Backbone,  # that it is for
+    teachers: LoRA,  # M, whose targets it gets
+    config: DistillConfig,  # start and rank
+    gen: torch.Generator,  # drawn from if it starts at zero
+) -> LoRA:
+    "Where meta-training starts."
+    if config.start == 'average':
+        return truncate_rank(average_products(teachers), config.rank)
+    size = (backbone.layers, backbone.width, config.rank)
+    return new_lora(*size, gen, targets=teachers.targets)
+
+# %% ../../nbs/1_method/04_distill.ipynb #40d00017
+@dataclass(frozen=True)
+class Learner:
+    "What learns."
+
+    parameters: list[Tensor]  # they have gradients
+    embedder: Callable  # () -> the `Embedder` that the parameters make up now
+
+# %% ../../nbs/1_method/04_distill.ipynb #40d00018
+@dataclass(frozen=True)
+class _Source:
+    "A pool laid flat, [M*way*n], and what the teachers said of it."
+
+    size: tuple  # M, way, n
+    images: Tensor  # uint8 [M*way*n,3,H,W]
+    kept: Tensor | None  # [M*way*n,K]
+    known: Tensor | None  # [2,M*way*n,way]
+
+
+def _lay_flat(pool: Pool, teachers: Embedder, config: DistillConfig, loss_of) -> _Source:
+    "The pool as tasks are drawn from it, the teachers asked once if that pays."
+    images = pool.images.flatten(0, 2)
+    kept = pool.kept
+    if kept is not None:
+        kept = kept.flatten(0, 2).to(teachers.backbone.device)
+    pays = loss_of is task_loss and worth_caching_teachers(len(images), config)
+    known = pool_logits(teachers, pool) if pays else None
+    return _Source(pool.images.shape[:3], images, kept, known)
+
+# %% ../../nbs/1_method/04_distill.ipynb #40d00019
+def _draw_task(
+    source: _Source, backbone: Backbone, config: DistillConfig, gen: torch.Generator
+) -> Task:
+    "The tasks of one step."
+    mixed = bool(torch.rand((), generator=gen) < config.mix)
+    m, c, rows = draw_tasks(source.size, config, mixed, gen)
+    x, mirrored = mirror(source.images[rows.flatten()].float() / 255, config.flip, gen)
+    x = normalise(augment(x, replace(config, flip=0.0), gen), backbone)
+    mirrored = mirrored.view(rows.shape)
+    kept = target = None
+    if source.kept is not None:
+        kept = source.kept[rows]
+        other = mirror_patches(kept, backbone.n_patches)
+        kept = torch.where(mirrored[..., None].to(kept.device), other, kept)
+    if source.known is not None and not mixed:
+        queries = source.known[mirrored.int(), rows][:, :, config.shot :]
+        target = reorder_classes(queries, c)
+    return Task(x.view(*rows.shape, *x.shape[1:]), mixed, m, c, kept, target)
+
 # %% ../../nbs/1_method/04_distill.ipynb #59d20a26
 def meta_train(
-    parameters: list[Tensor],
-    learner,
-    backbone: Backbone,
-    teachers: LoRA,
-    images: Tensor,
-    config: DistillConfig,
-    gen: torch.Generator,
-    kept: Tensor | None = None,
-    loss_of=task_loss,
-) -> Tensor:
-    "The loop: `learner()` gives the student's LoRA and backbone (None: `backbone`) made of `parameters`, which learn by `loss_of`. Rest and curve [steps,4] as in `distill`."
-    pool, still = images.flatten(0, 2), replace(config, flip=0.0)
-    patches = None if kept is None else kept.flatten(0, 2).to(backbone.device)
-    teachers, curve, opt = (
-        teachers.map(lambda t: t.to(backbone.device)),
-        [],
-        torch.optim.Adam(parameters, lr=config.lr),
-    )
-    known = (
-        pool_logits(backbone, teachers, images, kept)
-        if loss_of is task_loss and worth_caching_teachers(len(pool), config)
-        else None
-    )
+    learner: Learner,  # its embedder is the student
+    teachers: Embedder,  # the backbone with M LoRAs with heads
+    pool: Pool,  # images of the teachers' classes
+    config: DistillConfig,  # its defaults are the paper's
+    gen: torch.Generator,  # tasks and views
+    loss_of: Callable = task_loss,  # (student, teachers, task, config) -> loss, accuracy
+) -> Tensor:  # curve [steps,4]: step, mixed (0 or 1), loss, query accuracy
+    "The loop; the learner's parameters change in place."
+    backbone = teachers.backbone
+    teachers = Embedder(backbone, teachers.lora.map(lambda t: t.to(backbone.device)))
+    source = _lay_flat(pool, teachers, config, loss_of)
+    opt = torch.optim.Adam(learner.parameters, lr=config.lr)
+    curve = []
     for step in tqdm(range(config.steps), desc='meta-train', leave=False):
-        mixed = bool(torch.rand((), generator=gen) < config.mix)
-        m, c, rows = draw_tasks(images.shape[:3], config, mixed, gen)
-        x, mirrored = mirror(pool[rows.flatten()].float() / 255, config.flip, gen)
-        views = normalise(augment(x, still, gen), backbone).view(*rows.shape, *images.shape[3:])
-        lora, student = learner()
-        keep = (
-            None
-            if patches is None
-            else torch.where(
-                mirrored.view(*rows.shape, 1).to(backbone.device),
-                mirror_patches(patches[rows], backbone.n_patches),
-                patches[rows],
-            )
-        )
-        told = (
-            {}
-            if known is None or mixed
-            else dict(
-                target=reorder_classes(
-                    known[mirrored.view(rows.shape).int(), rows][:, :, config.shot :], c
-                )
-            )
-        )
-        loss, accuracy = loss_of(
-            backbone, lora, teachers, views, keep, m, c, config, mixed, student, **told
-        )
+        task = _draw_task(source, backbone, config, gen)
+        loss, accuracy = loss_of(learner.embedder(), teachers, task, config)
         for group in opt.param_groups:
             group['lr'] = rate_at(step, config)
         opt.zero_grad()
         loss.backward()
         opt.step()
-        curve.append((step, float(mixed), loss.item(), accuracy.item()))
+        curve.append((step, float(task.mixed), loss.item(), accuracy.item()))
     return torch.tensor(curve)
 
 # %% ../../nbs/1_method/04_distill.ipynb #3e43a0cb
 def distill(
-    backbone: Backbone,
-    teachers: LoRA,
-    images: Tensor,
-    config: DistillConfig,
-    gen: torch.Generator,
-    kept: Tensor | None = None,
-    loss_of=task_loss,
-) -> tuple[LoRA, Tensor]:
-    """Meta-train one LoRA on pool images uint8 [M,way,n,3,H,W], on the patches `kept` [M,way,n,K] only if given; `loss_of` has the signature of `task_loss`.
+    backbone: Backbone,  # frozen
+    teachers: LoRA,  # M with heads
+    pool: Pool,  # images of the teachers' classes
+    config: DistillConfig,  # its defaults are the paper's
+    gen: torch.Generator,  # start, tasks and views
+    loss_of: Callable = task_loss,  # (student, teachers, task, config) -> loss, accuracy
+) -> tuple[LoRA, Tensor]:  # the meta-LoRA, and its curve as of `meta_train`
+    "Meta-train one LoRA."
+    layers = config.layers or tuple(range(backbone.layers))
+    lora = first_lora(backbone, teachers, config, gen)
+    lora = lora.map(lambda t: t.clone().to(backbone.device).requires_grad_())
+    student = lambda: Embedder(backbone, only_layers(lora, layers))
+    learner = Learner([*lora.tensors().values()], student)
+    curve = meta_train(learner, Embedder(backbone, teachers), pool, config, gen, loss_of)
+    return only_layers(lora, layers).map(lambda t: t.detach().cpu()), curve
 
-    Returns the meta-LoRA and its curve [steps,4]: step, mixed (0/1), loss, query accuracy."""
-    learn = config.layers or tuple(range(backbone.layers))
-    lora = first_lora(backbone, teachers, config, gen).map(
-        lambda t: t.clone().to(backbone.device).requires_grad_()
-    )
-    curve = meta_train(
-        [*lora.tensors().values()],
-        lambda: (only_layers(lora, learn), None),
-        backbone,
-        teachers,
-        images,
-        config,
-        gen,
-        kept,
-        loss_of,
-    )
-    return only_layers(lora, learn).map(lambda t: t.detach().cpu()), curve
-
-
+# %% ../../nbs/1_method/04_distill.ipynb #40d0001f
 def distill_whole(
-    backbone: Backbone, teachers: LoRA, images: Tensor, config: DistillConfig, gen: torch.Generator
-) -> tuple[Backbone, Tensor]:
-    "Like `distill`, but all weights of the backbone learn and there is no LoRA (first row of Table 8). Returns the new backbone and the curve."
+    backbone: Backbone,  # not changed
+    teachers: LoRA,  # M with heads
+    pool: Pool,  # images of the teachers' classes
+    config: DistillConfig,  # its defaults are the paper's
+    gen: torch.Generator,  # tasks and views
+) -> tuple[Backbone, Tensor]:  # the new backbone, and the curve as of `meta_train`
+    "Like `distill`, but all weights learn and there is no LoRA (Table 8, first row)."
     weights = {k: w.clone().requires_grad_() for k, w in backbone.weights.items()}
     learner = replace(backbone, name=f'{backbone.name}, meta-trained', weights=weights)
-    curve = meta_train(
-        [*weights.values()], lambda: (None, learner), backbone, teachers, images, config, gen
-    )
+    student = Learner([*weights.values()], lambda: Embedder(learner))
+    curve = meta_train(student, Embedder(backbone, teachers), pool, config, gen)
     return replace(learner, weights={k: w.detach() for k, w in weights.items()}), curve

@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..method.backbone import OPENAI_MEAN, OPENAI_STD, Backbone
+from ..method.backbone import OPENAI_MEAN, OPENAI_STD, Backbone, StemConv
 from ..core import check_choice, generator
 from ..bench.cost import VIT_B16, VIT_B32, ViTShape, flops_true_g, shape_of
 from .datasets import NORMALISATIONS
@@ -262,6 +262,10 @@ def _from_timm(weights: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
     return _fold_stem(w) if model.layout == 'lvvit' else w
 
 
+# 7x7 at stride 2, then 3x3 twice; `conv1` cuts patches of 8 from what they leave
+_LVVIT_STEM = (StemConv(2, 3), StemConv(1, 1), StemConv(1, 1))
+
+
 def backbone_from_weights(name: str, tensors: dict[str, Tensor]) -> Backbone:
     "The `Backbone` of the model `name` from `tensors` of its checkpoint, copied as float32. ValueError unless all keys fit (`check_keys`) and all numbers are finite."
     model = MODELS[check_choice('name', name, MODELS)]
@@ -286,6 +290,7 @@ def backbone_from_weights(name: str, tensors: dict[str, Tensor]) -> Backbone:
         model.mean,
         model.std,
         model.eps,
+        _LVVIT_STEM if model.layout == 'lvvit' else (),
     )
 
 # %% ../../nbs/6_paper/01_models.ipynb #0a831519

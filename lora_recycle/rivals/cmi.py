@@ -19,7 +19,8 @@ from lora_recycle.method.inversion import (
     Best,
     InvertConfig,
     Inverted,
-    inversion_losses,
+    InversionProblem,
+    Priors,
     random_view,
 )
 from ..method.lora import LoRA
@@ -123,14 +124,14 @@ def _paint(
         seen.append(features)
         return head_logits(features, lora)
 
+    given = Priors(prior, stats)
+    problem = InversionProblem(backbone, lora, labels, config.losses, given, classify)
     for _ in tqdm(range(config.losses.steps), desc='paint', leave=False):
         images = net(codes)
         view, other = (
             random_view(normalise(images, backbone), config.losses, gen) for _ in range(2)
         )
-        loss, _, _ = inversion_losses(
-            backbone, lora, view, labels, config.losses, None, prior, stats, classify=classify
-        )
+        loss, _, _ = problem.losses(view)
         best.update(images.detach(), loss.detach())
         contrast = (
             contrastive_loss(

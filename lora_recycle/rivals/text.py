@@ -21,7 +21,17 @@ from ..method.backbone import Backbone, encode, normalise
 from .features import zero_shot
 from ..core import digest, generator
 from ..suite.images import ImageSet
-from ..method.distill import DistillConfig, augment, distill, draw_tasks, meta_train
+from lora_recycle.method.distill import (
+    DistillConfig,
+    Embedder,
+    Learner,
+    Pool,
+    Task,
+    augment,
+    distill,
+    draw_tasks,
+    meta_train,
+)
 from ..suite.episodes import Episodes, draw_episodes
 from ..suite.evaluate import embed_used, interval
 from lora_recycle.rivals.finetune import (
@@ -32,7 +42,7 @@ from lora_recycle.rivals.finetune import (
     descend,
     gated_lora,
 )
-from ..method.inversion import invert
+from ..method.inversion import Priors, invert
 from ..method.lora import LoRA, new_lora
 from ..method.market import Market, MarketConfig, head_logits, private_data
 from ..suite.miniature import MINIATURES, load_clip, tokenise
@@ -127,34 +137,27 @@ def tune_named(
 
 # %% ../../nbs/4_rivals/02_text.ipynb #f7fbdb11
 def text_loss(
-    backbone: Backbone,
-    lora: LoRA,
-    teachers: LoRA,
-    images: Tensor,
-    keep: Tensor | None,
-    m: Tensor,
-    c: Tensor,
-    config: DistillConfig,
-    mixed: bool,
-    student: Backbone | None = None,
+    student: Embedder, teachers: Embedder, task: Task, config: DistillConfig
 ) -> tuple[Tensor, Tensor]:
     "As `distill.task_loss`, with the texts of the classes c [T,way] of LoRAs m [T,way] for prototypes; all images [T,way,n,3,H,W] are queries."
-    T, way, n = images.shape[:3]
-    heads, flat = teachers.W[m, :, c].mT, None if keep is None else keep.flatten(0, 2)
+    T, way, n = task.images.shape[:3]
+    market, m = teachers.lora, task.m
+    heads = market.W[m, :, task.c].mT
 
-    def by_name(backbone: Backbone, lora: LoRA) -> Tensor:
-        features = encode(backbone, images.flatten(0, 2), lora, keep=flat).features
-        return F.normalize(features, dim=-1).view(T, way * n, -1) @ heads
+    def by_name(embedder: Embedder) -> Tensor:
+        features = embedder.features(task.images, task.kept).flatten(1, 2)
+        return F.normalize(features, dim=-1) @ heads
 
     logits, truth = (
-        by_name(student or backbone, lora),
-        torch.arange(way, device=images.device).repeat_interleave(n).expand(T, -1),
+        by_name(student),
+        torch.arange(way, device=task.images.device).repeat_interleave(n).expand(T, -1),
     )
-    if mixed:
+    if task.mixed:
         loss = F.cross_entropy(logits.mT, truth)
     else:
         with torch.no_grad():
-            target = by_name(backbone, teachers[m[:, 0].to(teachers.A.device)]).log_softmax(-1)
+            lora = market[m[:, 0].to(market.A.device)]
+            target = by_name(Embedder(teachers.backbone, lora)).log_softmax(-1)
         loss = F.kl_div(
             logits.log_softmax(-1).flatten(0, 1),
             target.flatten(0, 1),
@@ -186,11 +189,9 @@ def mole_named(
     gate = torch.zeros(1, backbone.layers, market.size, device=backbone.device, requires_grad=True)
     gated = lambda: gated_lora(market, gate.softmax(-1))[0]
     meta_train(
-        [gate],
-        lambda: (gated(), None),
-        backbone,
-        market,
-        images,
+        Learner([gate], lambda: Embedder(backbone, gated())),
+        Embedder(backbone, market),
+        Pool(images),
         replace(config, mix=1.0, lr=MOLE_RATE),
         gen,
         loss_of=text_loss,
@@ -216,9 +217,9 @@ def hub_named(
 
     @torch.no_grad()
     def losses(weights):
-        return text_loss(backbone, composed(weights), market, views, None, m, c, config, True)[0][
-            None
-        ].cpu()
+        student = Embedder(backbone, composed(weights))
+        task = Task(views, True, m, c)
+        return text_loss(student, Embedder(backbone, market), task, config)[0][None].cpu()
 
     return composed(ask_and_tell(losses, 1, market.size, hub, gen)).map(Tensor.cpu)
 
@@ -265,7 +266,9 @@ def text_inverted(run: Chain) -> Tensor:
         make = lambda: dict(
             images=torch.cat(
                 [
-                    invert(run.backbone, lora, side, small, gen, *priors(run), text_logits).images
+                    invert(
+                        run.backbone, lora, small, gen, Priors(*priors(run)), text_logits
+                    ).images
                     for _ in range(scale.rounds)
                 ],
                 2,
@@ -314,7 +317,9 @@ def text_meta(run: Chain, shot: int = 0, pool: str = 'inverted', **changes) -> t
     config = replace(run.scale.distill, shot=max(1, shot), **changes)
 
     def learn(teachers, images, gen):
-        lora, curve = distill(run.backbone, teachers, images, config, gen, loss_of=text_loss)
+        lora, curve = distill(
+            run.backbone, teachers, Pool(images), config, gen, loss_of=text_loss
+        )
         return dict(A=lora.A, B=lora.B, curve=curve)
 
     t = _learned(run, 'text_meta', pool, config, None, learn)

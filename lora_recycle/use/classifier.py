@@ -46,8 +46,8 @@ from lora_recycle.core import (
     write_text,
 )
 from ..suite.images import ImageSet
-from ..paper.datasets import read_image, to_rgb
-from ..method.distill import DistillConfig, distill
+from ..suite.reading import read_image, to_rgb
+from ..method.distill import DistillConfig, Pool, distill
 from ..suite.episodes import draw_episodes
 from ..suite.evaluate import embed, interval, nearest_prototype, right_answers
 from lora_recycle.use.exchange import (
@@ -59,7 +59,7 @@ from lora_recycle.use.exchange import (
     tensor_header,
     write_adapter,
 )
-from ..method.inversion import InvertConfig, invert
+from ..method.inversion import InvertConfig, Priors, invert
 from ..method.lora import LoRA, average_products
 from ..method.market import Market
 from ..suite.miniature import load_miniature, load_prior, load_token_stats
@@ -654,7 +654,7 @@ def _inverted(
     keep,
 ) -> dict[str, Tensor]:
     "`vars(Inverted)` of the whole market, `chunk` LoRAs at a time, each kept by `keep(kind, key, make)`."
-    side, parts = backbone.patch * math.isqrt(backbone.n_patches), []
+    parts = []
     prior_name = (
         prior is not None and config.alpha_bn and digest(str(prior), dict(prior.state_dict()))
     )
@@ -673,11 +673,9 @@ def _inverted(
             invert(
                 backbone,
                 lora,
-                side,
                 config,
                 generator(seed, 'recycle', 'invert', first),
-                prior,
-                stats,
+                Priors(prior, stats),
             )
         )
         parts.append(keep('inverted', dict(key, lora=digest(lora.tensors()), first=first), make))
@@ -697,7 +695,7 @@ def _meta_trained(
 
     def make():
         lora, curve = distill(
-            backbone, market, images, config, generator(seed, 'recycle', 'distill'), kept
+            backbone, market, Pool(images, kept), config, generator(seed, 'recycle', 'distill')
         )
         return dict(A=lora.A, B=lora.B, curve=curve)
 
