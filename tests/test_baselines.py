@@ -29,15 +29,17 @@ from lora_recycle.suite.episodes import draw_episodes
 from lora_recycle.suite.evaluate import embed, nearest_prototype, right_answers
 from lora_recycle.rivals.finetune import (
     RATES,
+    Adapted,
     HubConfig,
     TuneConfig,
     Tuned,
+    ask_and_tell,
     choose_rate,
     compose,
     gated_lora,
     group_features,
     lorahub,
-    meta_train,
+    meta_train_pmf,
     own_probe,
     own_prototype,
     tune_episodes,
@@ -397,6 +399,55 @@ def test_lorahub_puts_its_weight_on_the_useful_lora(backbone, data, rule):
     assert good > bad + 0.2, (bad, good)
 
 
+@pytest.mark.parametrize('solver', ['sweep', 'released'])
+def test_lorahub_among_a_hundred(backbone, data, solver):
+    "The planted LoRA is found wherever it stands; as released, past the budget, none is."
+    useful, place = random_lora(9, size=0.3), 70
+    broken = without(backbone, useful)
+    loras = [random_lora(100 + i, 2, 0.1) for i in range(100)]
+    loras[place] = useful
+    e = few(data, 2)
+    config = HubConfig(steps=20, views=1, solver=solver)
+    found = lorahub(broken, data.images, e, stack_loras(loras), config, generator(0))
+    if solver == 'released':
+        assert not found.weights[:, 20:].any()  # never tried
+        return
+    assert (found.weights.abs().argmax(1) == place).all()
+    plain = share(nearest_prototype(embed(broken, data.images), e))
+    assert share(own_prototype(broken, data.images, e, found.lora)) > plain + 0.2
+
+
+@pytest.mark.parametrize('size', [2, 4, 48, 100])
+def test_every_lora_is_tried_alone(size):
+    asked = []
+
+    def losses(weights):
+        asked.append(weights[0])
+        return (weights - torch.eye(size)[size - 1]).square().sum(1)
+
+    found = ask_and_tell(losses, 1, size, HubConfig(steps=10), generator(0))
+    alone = torch.stack(asked[:size])
+    assert len(asked) == size + 10 and torch.equal(
+        alone.sort(0).values, torch.eye(size).sort(0).values
+    )
+    assert found[0].argmax() == size - 1
+    again = ask_and_tell(losses, 1, size, HubConfig(steps=10), generator(0))
+    assert torch.equal(found, again)
+
+
+def test_the_remedy_where_nevergrad_fails(monkeypatch):
+    import nevergrad
+
+    def fail(*args, **kwargs):
+        raise TypeError('only 0-dimensional arrays can be converted')
+
+    monkeypatch.setattr(nevergrad.optimizers, 'NGOpt', fail)
+    config = HubConfig(steps=4, solver='released')
+    with pytest.raises(RuntimeError, match="numpy below 2.4, or take HubConfig.solver='sweep'"):
+        ask_and_tell(lambda w: w.sum(1), 1, 3, config, generator(0))
+    ask_and_tell(lambda w: w.sum(1), 1, 3, HubConfig(steps=4), generator(0))
+
+
 def test_moles_gate_finds_the_useful_lora(backbone, data):
     useful = random_lora(9, size=0.3)
     broken, market = (
@@ -462,15 +513,8 @@ def test_groups_of_any_size_give_the_same(backbone, data):
         for n in (5, 480)
     )
     assert (a == b).float().mean() > 0.98
-    c = tune_episodes(
-        backbone,
-        data.images,
-        e,
-        {},
-        lambda t, x: group_features(backbone, x, None),
-        SHORT,
-        generator(0),
-    ).predicted
+    plain = Adapted(lambda t, x: group_features(backbone, x, None))
+    c = tune_episodes(backbone, data.images, e, plain, SHORT, generator(0)).predicted
     assert (
         c == tune_head(embed(backbone, data.images), e, SHORT, generator(0)).predicted
     ).float().mean() > 0.98
@@ -536,7 +580,7 @@ def test_meta_training_learns_from_any_pool(backbone, whole):
     )
     digest = backbone.digest
     start = None if whole else new_lora(4, 128, 4, generator(0))
-    a, b = (meta_train(backbone, pool, config, generator(0, 'meta'), start) for _ in range(2))
+    a, b = (meta_train_pmf(backbone, pool, config, generator(0, 'meta'), start) for _ in range(2))
     assert all(torch.equal(a[0][k], b[0][k]) for k in a[0]) and backbone.digest == digest
     assert a[1][-7:].mean() > 0.4 and a[0]['scale'] != 10.0
 
@@ -558,6 +602,10 @@ def test_settings_are_checked():
         (lambda: TuneConfig(lr=-1.0), 'lr=-1.0'),
         (lambda: TuneConfig(batch=0), 'batch=0'),
         (lambda: HubConfig(rule='svd'), 'factors'),
+        (lambda: HubConfig(solver='ngopt'), 'released'),
+        (lambda: gated_lora(new_lora(4, 128, 2, n=2), torch.ones(1, 4, 3)), r'\[T,L,M\]'),
+        (lambda: fit_linear(torch.zeros(1, 2, 1, 3), c=0.0), 'c=0.0'),
+        (lambda: TuneConfig(lr=float('nan')), 'lr=nan'),
         (lambda: CamlConfig(way=40), '2 to 32'),
         (lambda: choose_rate(None, ()), 'rates'),
     ):
