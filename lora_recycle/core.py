@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_int', 'check_choice', 'check_folder', 'digest', 'generator', 'plain', 'write_bytes', 'write_text', 'write_json',
-           'save_tensors', 'load_tensors', 'load_metadata', 'Cache', 'environment']
+           'save_tensors', 'load_tensors', 'load_metadata', 'Cache', 'environment', 'check_parameters',
+           'project_folder']
 
 # %% ../nbs/00_core.ipynb #cf37fa3a
 import dataclasses
@@ -318,10 +319,26 @@ def _install(tmp, entry):
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write_entry(entry, kind, key, make):
-    "Call `make` and keep what it returns as `entry`"
+_INSIDE = []  # seconds that entries took which were made inside the one in the making
+
+
+def _timed(make):
+    "What `make` returns, and the seconds it took but for other entries that it had made"
+    _INSIDE.append(0.0)
     start = time.perf_counter()
-    tensors = make()
+    try:
+        made = make()
+    finally:
+        total = time.perf_counter() - start
+        inside = _INSIDE.pop()
+        if _INSIDE:
+            _INSIDE[-1] += total
+    return made, total - inside
+
+
+def _write_entry(entry, kind, key, make, device):
+    "Call `make` and keep what it returns as `entry`"
+    tensors, seconds = _timed(make)
     tmp = _temp_path(entry.parent)
     files = {'data.safetensors': save_tensors(tmp / 'data.safetensors', tensors)}
     write_json(
@@ -331,14 +348,17 @@ def _write_entry(entry, kind, key, make):
             key=key,
             files=files,
             created=_now(),
-            seconds=round(time.perf_counter() - start, 3),
-            version=__version__,
+            seconds=round(seconds, 3),
+            device=str(device),
+            device_name=_device_name(device),
+            threads=torch.get_num_threads(),
+            versions=dict(lora_recycle=__version__, torch=torch.__version__),
         ),
     )
     _install(tmp, entry)
 
 
-def _renew_entry(entry, kind, key, make):
+def _renew_entry(entry, kind, key, make, device):
     "(outcome, tensors) of an `entry` that was absent or damaged a moment ago: another process may have made it since"
     try:
         return 'hit', _load_entry(entry)
@@ -348,7 +368,7 @@ def _renew_entry(entry, kind, key, make):
             warnings.warn(
                 f'the cache entry {entry} is damaged ({err}) and is made again', stacklevel=4
             )
-    _write_entry(entry, kind, key, make)
+    _write_entry(entry, kind, key, make, device)
     return outcome, _load_entry(entry)
 
 
@@ -361,7 +381,8 @@ class Cache:
     "Results of stages in `folder`, each computed once; `log` lists (kind, digest, 'hit' | 'made' | 'rebuilt', seconds) of this object"
 
     def __init__(self, folder):
-        self.folder, self.log = check_folder('cache_dir', folder), []
+        self.folder = check_folder('cache_dir', folder)
+        self.log = []
         _sweep(self.folder)
 
     def entry(self, kind: str, key) -> Path:
@@ -377,16 +398,23 @@ class Cache:
         kind: str,  # what the result is, one word
         key,  # all that it depends on: anything with a `digest`
         make,  # function without arguments that computes it: name -> tensor
+        device='cpu',  # where `make` computes, for the record
     ) -> dict:  # name -> tensor, on the CPU
-        "The result for (`kind`, `key`): read if a sound one is there, else computed by `make`, kept, and read back; a process that asks meanwhile waits"
-        entry, start, outcome = self.entry(kind, key), time.perf_counter(), 'hit'
+        "What is kept for (`kind`, `key`), else what `make` returns; who asks meanwhile waits."
+        entry = self.entry(kind, key)
+        start = time.perf_counter()
+        outcome = 'hit'
         try:
             tensors = _load_entry(entry)
         except _DAMAGE:
             with self._lock(entry):
-                outcome, tensors = _renew_entry(entry, kind, key, make)
+                outcome, tensors = _renew_entry(entry, kind, key, make, device)
         self.log.append((kind, entry.name, outcome, round(time.perf_counter() - start, 3)))
         return tensors
+
+    def record(self, kind: str, key) -> dict:
+        "When, where and in how many seconds the result for (`kind`, `key`) was made."
+        return json.loads((self.entry(kind, key) / 'manifest.json').read_text(encoding='utf-8'))
 
     def _lock(self, entry):
         "Held by the process that makes `entry`; the system lets go of it when that process ends, however it ends"
@@ -469,3 +497,36 @@ def environment(
         platform=platform.platform(),
         created=_now(),
     )
+
+# %% ../nbs/00_core.ipynb #250d4f82
+_PLAIN = (str, int, float, bool, list, tuple, dict, type(None))
+
+
+def check_parameters(
+    variables: dict,  # a notebook's globals()
+    **types: type,  # of each of its parameters
+):
+    "ValueError if a plain variable is no parameter, or a parameter has another type."
+    given = {
+        k: v
+        for k, v in variables.items()
+        if not k.startswith('_') and k not in ('In', 'Out') and type(v) in _PLAIN
+    }
+    for name in given:
+        check_choice('parameter', name, types)
+    for name, kind in types.items():
+        value = given.get(name)
+        if type(value) is not kind:
+            raise ValueError(
+                f'{name}={value!r} is a {type(value).__name__}; it must be a {kind.__name__}. '
+                f'Change it: -p {name} VALUE'
+            )
+
+# %% ../nbs/00_core.ipynb #cc7c05b4
+def project_folder(
+    folder: str,  # relative, absolute, or with `~`
+) -> Path:
+    "`folder`, counted from the checkout's root if relative, else from where we are."
+    here = Path.cwd()
+    root = next((p for p in (here, *here.parents) if (p / 'settings.ini').is_file()), here)
+    return root / Path(folder).expanduser()
