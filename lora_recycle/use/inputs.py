@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['image_tensor', 'gather_images', 'number_images', 'gather_labels', 'check_kinds', 'order_classes', 'class_array']
 
-# %% ../../nbs/2_use/00_inputs.ipynb #31633579
+# %% ../../nbs/2_use/00_inputs.ipynb #2ad25c8a
 import math
 from collections.abc import Iterable
 from numbers import Number
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..suite.reading import read_image, to_rgb, turn_upright
 
-# %% ../../nbs/2_use/00_inputs.ipynb #ccc2cdd3
+# %% ../../nbs/2_use/00_inputs.ipynb #0d0921fc
 _KINDS = (
     'Give files, PIL images, arrays [H,W(,1, 3 or 4)], or tensors [1, 3 or 4,H,W]; '
     'pixels uint8, uint16, or floats in [0,1]'
@@ -53,7 +53,7 @@ def _pil_pixels(image: Image.Image) -> np.ndarray:
             f'({type(err).__name__}: {err})'
         ) from err
 
-# %% ../../nbs/2_use/00_inputs.ipynb #10f3768f
+# %% ../../nbs/2_use/00_inputs.ipynb #9c8e8223
 def _array_tensor(image: np.ndarray) -> Tensor:
     "An array [H,W] or [H,W,C] as a tensor [C,H,W], pixels as they are; ValueError."
     shape = image.shape
@@ -82,7 +82,7 @@ def _channels_first(image) -> Tensor:
         raise ValueError(f'it is a tensor of shape {tuple(image.shape)}. {_KINDS}.')
     return image
 
-# %% ../../nbs/2_use/00_inputs.ipynb #f98a0d99
+# %% ../../nbs/2_use/00_inputs.ipynb #d63ba66d
 def image_tensor(
     image,  # a file, PIL image, array [H,W(,C)] or tensor [C,H,W]
     side: int,  # pixels
@@ -98,7 +98,7 @@ def image_tensor(
     how = dict(size=(side, side), mode='bilinear', align_corners=False, antialias=True)
     return F.interpolate(x[None], **how)[0].clamp(0, 1)
 
-# %% ../../nbs/2_use/00_inputs.ipynb #57271c7e
+# %% ../../nbs/2_use/00_inputs.ipynb #057f6781
 def gather_images(
     images,  # one image or many
 ) -> list:  # of images as `image_tensor` takes them
@@ -127,7 +127,7 @@ def number_images(
             raise type(err)(f'image {i}: {err}') from err
     return torch.stack(tensors) if tensors else torch.zeros(0, 3, side, side)
 
-# %% ../../nbs/2_use/00_inputs.ipynb #6e694aad
+# %% ../../nbs/2_use/00_inputs.ipynb #a0aad3bc
 def _plain_label(label):
     "`label` as a plain Python object; ValueError if it cannot name a class."
     if isinstance(label, (np.generic, Tensor)) and label.ndim == 0:
@@ -155,7 +155,7 @@ def _is_missing(label) -> bool:
     except (TypeError, ValueError):  # pandas' NA is neither
         return True
 
-
+# %% ../../nbs/2_use/00_inputs.ipynb #c8fbfb10
 def _check_present(labels: list) -> None:
     "ValueError, naming the rows, if one of `labels` is a missing value."
     rows = [i for i, label in enumerate(labels) if _is_missing(label)]
@@ -167,7 +167,7 @@ def _check_present(labels: list) -> None:
             f'{", ".join(map(str, rows[:5]))}{more}. Leave these images out, or name the class.'
         )
 
-# %% ../../nbs/2_use/00_inputs.ipynb #a4cc0c51
+# %% ../../nbs/2_use/00_inputs.ipynb #d36e0df5
 def gather_labels(
     labels,  # list, array, tensor or series [n]
 ) -> list:  # of plain Python objects
@@ -184,7 +184,7 @@ def gather_labels(
     _check_present(labels)
     return labels
 
-# %% ../../nbs/2_use/00_inputs.ipynb #03dc6e09
+# %% ../../nbs/2_use/00_inputs.ipynb #2c31c8d9
 def _kind_of(label) -> str:
     "What scikit-learn would call the type of `label`."
     if isinstance(label, (str, bytes)):
@@ -208,7 +208,7 @@ def check_kinds(
             'Convert the labels to one type.'
         )
 
-# %% ../../nbs/2_use/00_inputs.ipynb #81bd4e0e
+# %% ../../nbs/2_use/00_inputs.ipynb #67f1e83b
 def order_classes(
     classes: list,  # none twice
 ) -> list:
