@@ -15,7 +15,8 @@ from pathlib import Path
 import pandas as pd
 
 from .results import episode_key, read_episodes, read_rows
-from .tables import SCALES, TABLES, chosen_methods
+from .methods import SCALES
+from .tables import TABLES, chosen_methods
 from ..core import check_choice, plain
 from ..method.chain import check_parameters, project_folder
 
