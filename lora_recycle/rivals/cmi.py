@@ -6,61 +6,74 @@
 __all__ = ['generator_net', 'contrastive_loss', 'CmiConfig', 'invert_cmi']
 
 # %% ../../nbs/4_rivals/03_cmi.ipynb #a83187d5
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..method.backbone import Backbone, encode, normalise
 from ..core import check_int
+from ..method.backbone import Backbone, encode, normalise
 from lora_recycle.method.inversion import (
     Best,
+    InversionProblem,
     InvertConfig,
     Inverted,
-    InversionProblem,
     Priors,
+    check_priors,
     random_view,
 )
 from ..method.lora import LoRA
 from ..method.market import head_logits, teacher_accuracy
 
 # %% ../../nbs/4_rivals/03_cmi.ipynb #2b3f0a17
-def generator_net(
-    side: int, gen: torch.Generator, latent: int = 64, width: int = 32
-) -> nn.Sequential:
-    "A generator network with batch-norm: latent codes [B,latent] to images in [0,1], [B,3,side,side]. ValueError unless 4 divides `side`."
-    if side % 4:
-        raise ValueError(
-            f'side={side} must be a multiple of 4, for the generator_net enlarges a map twice by 2; resize the images'
-        )
-    check_int('latent', latent, 1)
-    check_int('width', width, 1)
-    start, wide = side // 4, 2 * width
-    block = lambda c_in, c_out: (
+def _enlarge(c_in: int, c_out: int) -> tuple:
+    "Layers that double the side of a map."
+    return (
         nn.Upsample(scale_factor=2),
         nn.Conv2d(c_in, c_out, 3, 1, 1, bias=False),
         nn.BatchNorm2d(c_out),
         nn.LeakyReLU(0.2),
     )
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # torch draws first weights from the global generator only
+
+# %% ../../nbs/4_rivals/03_cmi.ipynb #ced182fd
+def generator_net(
+    side: int,  # pixels, a multiple of 4
+    gen: torch.Generator,  # of the first weights
+    latent: int = 64,  # length of a code
+    width: int = 32,  # channels before the last layer
+) -> nn.Sequential:  # codes [B,latent] -> images in [0,1], [B,3,side,side]
+    "A generator network with batch-norm."
+    if side % 4:
+        raise ValueError(
+            f'side={side} must be a multiple of 4, for the generator enlarges a map twice by 2; '
+            'resize the images'
+        )
+    check_int('latent', latent, 1)
+    check_int('width', width, 1)
+    start = side // 4
+    wide = 2 * width
+    with torch.random.fork_rng(devices=[]):  # torch draws first weights from its global generator
         torch.manual_seed(int(torch.randint(2**31, (), generator=gen)))
         return nn.Sequential(
             nn.Linear(latent, wide * start**2),
             nn.Unflatten(1, (wide, start, start)),
             nn.BatchNorm2d(wide),
-            *block(wide, wide),
-            *block(wide, width),
+            *_enlarge(wide, wide),
+            *_enlarge(wide, width),
             nn.Conv2d(width, 3, 3, 1, 1),
             nn.Sigmoid(),
         )
 
 # %% ../../nbs/4_rivals/03_cmi.ipynb #6bfc231a
-def contrastive_loss(view: Tensor, other: Tensor, bank: Tensor, temperature: float = 0.1) -> Tensor:
-    "Cross-entropy of finding the other view of each image (features view, other [B,D]) among those of its batch and of the bank [K,D]."
+def contrastive_loss(
+    view: Tensor,  # features of one view of each image [B,D]
+    other: Tensor,  # of the other view [B,D]
+    bank: Tensor,  # of earlier images [K,D]
+    temperature: float = 0.1,  # above 0
+) -> Tensor:  # []
+    "Cross-entropy of finding the other view of each image among all and the bank."
     choices = F.normalize(torch.cat([other, bank]), dim=-1)
     logits = F.normalize(view, dim=-1) @ choices.T / temperature
     return F.cross_entropy(logits, torch.arange(len(view), device=view.device))
@@ -68,141 +81,126 @@ def contrastive_loss(view: Tensor, other: Tensor, bank: Tensor, temperature: flo
 # %% ../../nbs/4_rivals/03_cmi.ipynb #bc354d6b
 @dataclass(frozen=True)
 class CmiConfig:
-    "Contrastive model inversion. `losses`: steps, per_class, priors and views as in inversion; `batch`: images a class made together, the earlier ones are the memory bank."
+    "Contrastive model inversion."
 
-    losses: InvertConfig = InvertConfig(steps=200)
-    batch: int = 10
-    lr: float = 5e-3  # of generator_net and discriminator
+    losses: InvertConfig = InvertConfig(steps=200)  # steps, per_class, priors and views
+    batch: int = 10  # images a class made together; the earlier ones are the memory bank
+    lr: float = 5e-3  # of generator and discriminator
     lr_codes: float = 0.05
     contrast: float = 0.8  # weight of the contrastive loss
     temperature: float = 0.1
-    latent: int = 64
-    width: int = 32
+    latent: int = 64  # length of a code
+    width: int = 32  # channels of the generator before its last layer
 
     def __post_init__(self):
         for name in ('batch', 'latent', 'width'):
             check_int(name, getattr(self, name), 1)
         if not (self.contrast >= 0 and self.temperature > 0):
             raise ValueError(
-                f'contrast={self.contrast!r} must be 0 or more and temperature={self.temperature!r} above 0'
+                f'contrast={self.contrast!r} must be 0 or more and '
+                f'temperature={self.temperature!r} above 0'
             )
 
+# %% ../../nbs/4_rivals/03_cmi.ipynb #be0a426d
+class _Painter:
+    "A fresh generator and fresh codes for one batch, with their optimiser; `head` learns on."
 
+    def __init__(self, problem: InversionProblem, config: CmiConfig, head: nn.Module, gen):
+        backbone = problem.backbone
+        n = len(problem.labels)
+        net = generator_net(backbone.side, gen, config.latent, config.width).to(backbone.device)
+        codes = torch.randn(n, config.latent, generator=gen).to(backbone.device)
+        self.net = net
+        self.codes = codes.requires_grad_()
+        weights = dict(params=[*net.parameters(), *head.parameters()])
+        latent = dict(params=[self.codes], lr=config.lr_codes)
+        self.opt = torch.optim.Adam([weights, latent], lr=config.lr, betas=(0.5, 0.999))
+
+    def images(self) -> Tensor:
+        "What it paints now, in [0,1], [n,3,side,side]."
+        return self.net(self.codes)
+
+# %% ../../nbs/4_rivals/03_cmi.ipynb #84496b5c
 def _paint(
-    backbone: Backbone,
-    lora: LoRA,
-    side: int,
-    count: int,
-    head: nn.Module,
-    bank: Tensor,
-    config: CmiConfig,
-    gen: torch.Generator,
-    prior: nn.Module | None,
-    stats: Tensor | None,
+    problem: InversionProblem, config: CmiConfig, head: nn.Module, bank: Tensor, gen
 ) -> tuple[Tensor, float]:
-    "One batch of one LoRA: images uint8 [way,count,3,side,side] of the step with the least loss, contrast not counted, and that loss. `head` learns on."
-    net, way, seen = (
-        generator_net(side, gen, config.latent, config.width).to(backbone.device),
-        lora.W.shape[-1],
-        [],
-    )
-    labels = torch.arange(way, device=backbone.device).repeat_interleave(count)
-    codes = (
-        torch.randn(len(labels), config.latent, generator=gen).to(backbone.device).requires_grad_()
-    )
-    opt = torch.optim.Adam(
-        [
-            dict(params=[*net.parameters(), *head.parameters()]),
-            dict(params=[codes], lr=config.lr_codes),
-        ],
-        lr=config.lr,
-        betas=(0.5, 0.999),
-    )
-    best = Best(torch.zeros(len(labels), 3, side, side, device=backbone.device), 1)
+    "Images in [0,1] of the step with the least loss, contrast not counted, and that loss."
+    backbone = problem.backbone
+    seen = []
 
     def classify(features, lora):
+        "Logits, and the features are kept for the discriminator."
         seen.append(features)
         return head_logits(features, lora)
 
-    given = Priors(prior, stats)
-    problem = InversionProblem(backbone, lora, labels, config.losses, given, classify)
+    problem = replace(problem, classify=classify)
+    painter = _Painter(problem, config, head, gen)
+    blank = torch.zeros(len(problem.labels), 3, backbone.side, backbone.side)
+    best = Best(blank.to(backbone.device), 1)
     for _ in tqdm(range(config.losses.steps), desc='paint', leave=False):
-        images = net(codes)
-        view, other = (
-            random_view(normalise(images, backbone), config.losses, gen) for _ in range(2)
-        )
-        loss, _, _ = problem.losses(view)
+        images = painter.images()
+        view = random_view(normalise(images, backbone), config.losses, gen)
+        other = random_view(normalise(images, backbone), config.losses, gen)
+        loss = problem.losses(view)[0]
         best.update(images.detach(), loss.detach())
-        contrast = (
-            contrastive_loss(
-                head(seen.pop()),
-                head(encode(backbone, other, lora).features),
-                head(bank),
-                config.temperature,
-            )
-            if config.contrast
-            else 0.0
-        )
-        opt.zero_grad()
-        (loss.sum() + config.contrast * contrast).backward()
-        opt.step()
-    return (best.images * 255).round().to(torch.uint8).view(
-        way, count, 3, side, side
-    ), best.loss.item()
+        total = loss.sum()
+        if config.contrast:
+            twin = encode(backbone, other, problem.teachers).features
+            both = (head(seen.pop()), head(twin), head(bank))
+            total = total + config.contrast * contrastive_loss(*both, config.temperature)
+        painter.opt.zero_grad()
+        total.backward()
+        painter.opt.step()
+    return best.images, best.loss.item()
 
 # %% ../../nbs/4_rivals/03_cmi.ipynb #3f120eef
+def _new_discriminator(backbone: Backbone, gen: torch.Generator) -> nn.Module:
+    "Two layers on the teacher's features."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (), generator=gen)))
+        layers = nn.Sequential(nn.Linear(backbone.out_dim, 128), nn.ReLU(), nn.Linear(128, 128))
+    return layers.to(backbone.device)
+
+
 @torch.no_grad()
 def _features(backbone: Backbone, lora: LoRA, images: Tensor) -> Tensor:
     "Features [B,D] of 8-bit images [B,3,H,W] as the teacher sees them: what the bank holds."
     return encode(backbone, normalise(images, backbone), lora).features
 
 
-def _all_batches(
-    backbone: Backbone, lora: LoRA, side: int, config: CmiConfig, gen: torch.Generator, *priors
+def _paint_one(
+    backbone: Backbone, lora: LoRA, config: CmiConfig, gen, priors: Priors
 ) -> tuple[Tensor, float]:
     "All images uint8 [way,n,3,side,side] of one LoRA, and the mean loss of its batches."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (), generator=gen)))
-        head = nn.Sequential(nn.Linear(backbone.out_dim, 128), nn.ReLU(), nn.Linear(128, 128)).to(
-            backbone.device
-        )
-    bank, made, losses = torch.zeros(0, backbone.out_dim, device=backbone.device), [], []
+    head = _new_discriminator(backbone, gen)
+    bank = torch.zeros(0, backbone.out_dim, device=backbone.device)
+    way = lora.W.shape[-1]
+    parts = []
+    losses = []
     for part in torch.arange(config.losses.per_class).split(config.batch):
-        images, loss = _paint(backbone, lora, side, len(part), head, bank, config, gen, *priors)
-        bank = torch.cat([bank, _features(backbone, lora, images.flatten(0, 1))])
-        made.append(images)
+        labels = torch.arange(way, device=backbone.device).repeat_interleave(len(part))
+        problem = InversionProblem(backbone, lora, labels, config.losses, priors)
+        images, loss = _paint(problem, config, head, bank, gen)
+        images = (images * 255).round().to(torch.uint8)
+        bank = torch.cat([bank, _features(backbone, lora, images)])
+        parts.append(images.view(way, len(part), *images.shape[1:]))
         losses.append(loss)
-    return torch.cat(made, 1), sum(losses) / len(losses)
+    return torch.cat(parts, 1), sum(losses) / len(losses)
 
-
+# %% ../../nbs/4_rivals/03_cmi.ipynb #7d0578f6
 def invert_cmi(
-    backbone: Backbone,
-    lora: LoRA,
-    side: int,
-    config: CmiConfig,
-    gen: torch.Generator,
-    prior: nn.Module | None = None,
-    stats: Tensor | None = None,
+    backbone: Backbone,  # frozen
+    teachers: LoRA,  # M with heads
+    config: CmiConfig,  # steps, batch, rates
+    gen: torch.Generator,  # drawn from
+    priors: Priors = Priors(),  # what the terms with a weight above 0 need
 ) -> Inverted:
-    "Images of M LoRAs with heads by contrastive model inversion, one LoRA after the other; returns and refuses what `invert` does."
-    for name, weight, given in (
-        ('prior', config.losses.alpha_bn, prior),
-        ('stats', config.losses.alpha_tokens, stats),
-    ):
-        if weight and given is None:
-            raise ValueError(
-                f'config.losses gives a prior the weight {weight}, but {name} is missing; pass {name}=, or set that weight to 0'
-            )
-    lora = lora.map(lambda t: t.to(backbone.device))
-    made = [
-        _all_batches(backbone, lora[m : m + 1], side, config, gen, prior, stats)
-        for m in range(lora.size)
-    ]
-    images = torch.stack([images for images, _ in made]).cpu()
+    "Images of M LoRAs by contrastive model inversion, one LoRA after the other."
+    check_priors(config.losses, priors)
+    teachers = teachers.map(lambda t: t.to(backbone.device))
+    each = [teachers[m : m + 1] for m in range(teachers.size)]
+    painted = [_paint_one(backbone, lora, config, gen, priors) for lora in each]
+    images = torch.stack([images for images, _ in painted]).cpu()
     kept = torch.arange(backbone.n_patches).expand(*images.shape[:3], -1)
-    return Inverted(
-        images,
-        kept,
-        torch.tensor([loss for _, loss in made]),
-        teacher_accuracy(backbone, lora, images),
-    )
+    losses = torch.tensor([loss for _, loss in painted])
+    return Inverted(images, kept, losses, teacher_accuracy(backbone, teachers, images))

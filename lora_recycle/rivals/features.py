@@ -27,20 +27,19 @@ from ..suite.glyphs import IMAGE_SIZE, Look, draw_mask, glyph_classes, render
 # %% ../../nbs/4_rivals/00_features.ipynb #53b2c43a
 @torch.no_grad()
 def fit_linear(
-    support: Tensor, c: float = 1.0, steps: int = 300, tol: float = 1e-4
-) -> tuple[Tensor, Tensor]:
-    """L2-regularised multinomial logistic regression of T episodes at once: W [T,D,way], b [T,1,way] from support features [T,way,shot,D] (row = class).
-
-    `c` as scikit-learn's C. Stops when no coefficient moves by more than `tol`, or after `steps`."""
+    support: Tensor,  # features [T,way,shot,D], the row is the class
+    c: float = 1.0,  # scikit-learn's C: inverse strength of the regularisation
+    steps: int = 300,  # at most
+    tol: float = 1e-4,  # stops when no coefficient moves by more
+) -> tuple[Tensor, Tensor]:  # W [T,D,way], b [T,1,way]
+    "L2-regularised multinomial logistic regression of T episodes at once."
     if not c > 0:
         raise ValueError(
             f'c={c!r} must be above 0; it is the inverse strength of the regularisation'
         )
     T, way, shot, _ = support.shape
-    x, truth = (
-        support.flatten(1, 2),
-        torch.eye(way, device=support.device).repeat_interleave(shot, 0),
-    )
+    x = support.flatten(1, 2)
+    truth = torch.eye(way, device=support.device).repeat_interleave(shot, 0)
     gram = x @ x.mT
     constant = 10 * gram.diagonal(dim1=1, dim2=2).mean(1).view(T, 1, 1) + 1e-6
     gram = gram + constant
@@ -48,61 +47,81 @@ def fit_linear(
     alpha = ahead = torch.zeros(T, way * shot, way, device=x.device)
     for i in range(steps):
         step = inverse @ ((gram @ ahead).softmax(-1) - truth + ahead / c)
-        alpha, before = ahead - step, alpha
+        before = alpha
+        alpha = ahead - step
         ahead = alpha + i / (i + 3) * (alpha - before)
         if i % 5 == 4 and step.abs().max() < tol:
             break
     return x.mT @ alpha, constant * alpha.sum(1, keepdim=True)
 
-
-def linear_probe(features: Tensor, episodes: Episodes, c: float = 1.0) -> Tensor:
-    "Linear-probe (Table 2), solved exactly: predicted class [T,way,n_query] of every query, from features [n,D] of all images."
+# %% ../../nbs/4_rivals/00_features.ipynb #19f66297
+def linear_probe(
+    features: Tensor,  # of all images [n,D]
+    episodes: Episodes,  # T of them
+    c: float = 1.0,  # inverse strength of the regularisation
+) -> Tensor:  # predicted class of every query [T,way,n_query]
+    "Linear-probe (Table 2), solved exactly."
     W, b = fit_linear(features[episodes.support], c)
     return (features[episodes.query].flatten(1, 2) @ W + b).argmax(-1).view_as(episodes.query)
 
 # %% ../../nbs/4_rivals/00_features.ipynb #556d05aa
-def simple_shot(features: Tensor, episodes: Episodes, centre: Tensor) -> Tensor:
-    "SimpleShot (CL2N): nearest prototype of features [n,D] less `centre` [D] (mean feature of base images), at length 1; predictions [T,way,n_query]."
+def simple_shot(
+    features: Tensor,  # of all images [n,D]
+    episodes: Episodes,  # T of them
+    centre: Tensor,  # mean feature of base images [D]
+) -> Tensor:  # predictions [T,way,n_query]
+    "SimpleShot (CL2N): nearest prototype of features less `centre`, at length 1."
     return nearest_prototype(F.normalize(features - centre, dim=-1), episodes)
 
 # %% ../../nbs/4_rivals/00_features.ipynb #c9892b6d
 def _text_logits(query: Tensor, text: Tensor, episodes: Episodes) -> Tensor:
-    "100 x cosine [T,way,n_query,way] of queries [T,way,n_query,D] with the text features of the episode's classes, from text [C,D]."
-    if len(text) <= episodes.classes.max():
+    "100 x cosine [T,way,n_query,way] of queries with the names of the episode's classes."
+    most = int(episodes.classes.max())
+    if len(text) <= most:
         raise ValueError(
-            f'text has {len(text)} rows, but the episodes hold class number {int(episodes.classes.max())}; give one feature for every class of the set'
+            f'text has {len(text)} rows, but the episodes hold class number {most}; '
+            'give one feature for every class of the set'
         )
-    return 100 * torch.einsum(
-        'twqd,tcd->twqc', F.normalize(query, dim=-1), F.normalize(text, dim=-1)[episodes.classes]
-    )
+    names = F.normalize(text, dim=-1)[episodes.classes]
+    return 100 * torch.einsum('twqd,tcd->twqc', F.normalize(query, dim=-1), names)
 
 
-def zero_shot(features: Tensor, episodes: Episodes, text: Tensor) -> Tensor:
-    "Zero-shot CLIP: predictions [T,way,n_query] from image features [n,D] and a text feature for each class number [C,D]; the support is not used."
+def zero_shot(
+    features: Tensor,  # of all images [n,D]
+    episodes: Episodes,  # their supports are not used
+    text: Tensor,  # a feature for each class number [C,D]
+) -> Tensor:  # predictions [T,way,n_query]
+    "Zero-shot CLIP."
     return _text_logits(features[episodes.query], text, episodes).argmax(-1)
 
-
-TIP_ALPHAS, BETAS = (1.0, 10.0, 100.0, 1000.0), (1.0, 5.5, 20.0)  # Tip-Adapter's grid
+# %% ../../nbs/4_rivals/00_features.ipynb #07db124d
+TIP_ALPHAS = (1.0, 10.0, 100.0, 1000.0)  # Tip-Adapter's grid
+BETAS = (1.0, 5.5, 20.0)
 
 
 def tip_adapter(
-    features: Tensor, episodes: Episodes, text: Tensor, alpha: float = 1.0, beta: float = 5.5
-) -> Tensor:
-    "Tip-Adapter, training-free: zero-shot logits plus `alpha` times the affinity (sharpness `beta`) to the support; predictions [T,way,n_query]."
-    support, query = F.normalize(features[episodes.support], dim=-1), features[episodes.query]
+    features: Tensor,  # of all images [n,D]
+    episodes: Episodes,  # T of them
+    text: Tensor,  # a feature for each class number [C,D]
+    alpha: float = 1.0,  # weight of the supports
+    beta: float = 5.5,  # sharpness
+) -> Tensor:  # predictions [T,way,n_query]
+    "Tip-Adapter, training-free: zero-shot logits plus the affinity to the supports."
+    support = F.normalize(features[episodes.support], dim=-1)
+    query = features[episodes.query]
     cosine = torch.einsum('twqd,tckd->twqck', F.normalize(query, dim=-1), support)
     affinity = (-beta * (1 - cosine)).exp().sum(-1)
     return (_text_logits(query, text, episodes) + alpha * affinity).argmax(-1)
 
-
+# %% ../../nbs/4_rivals/00_features.ipynb #ba4a1f15
 def choose_tip(
-    features: Tensor,
-    episodes: Episodes,
-    text: Tensor,
-    alphas: tuple = TIP_ALPHAS,
-    betas: tuple = BETAS,
-) -> tuple[float, float]:
-    "`alpha` and `beta` with which Tip-Adapter answers most queries of (meta-validation) `episodes`; the smaller ones if several do."
+    features: Tensor,  # of all images [n,D]
+    episodes: Episodes,  # of meta-validation classes
+    text: Tensor,  # a feature for each class number [C,D]
+    alphas: tuple = TIP_ALPHAS,  # to choose from
+    betas: tuple = BETAS,  # to choose from
+) -> tuple[float, float]:  # alpha, beta
+    "With which Tip-Adapter answers most queries; the smaller ones if several do."
     right = {
         pair: right_answers(tip_adapter(features, episodes, text, *pair)).sum().item()
         for pair in itertools.product(alphas, betas)
@@ -112,11 +131,11 @@ def choose_tip(
 # %% ../../nbs/4_rivals/00_features.ipynb #af0f3e13
 @dataclass(frozen=True)
 class CamlConfig:
-    "Size and training of CAML. `codes`: vertices of the simplex, the largest `way`; a token is as wide as feature + codes, which `heads` must divide."
+    "Size and training of CAML."
 
     layers: int = 1
-    heads: int = 4
-    codes: int = 32
+    heads: int = 4  # must divide the width of a token: feature + codes
+    codes: int = 32  # vertices of the simplex, the largest `way`
     steps: int = 1000
     tasks: int = 4  # training episodes a step
     way: int = 5  # of training episodes, as shot; test episodes may have others
@@ -132,112 +151,122 @@ class CamlConfig:
         check_int('way', self.way, 2, self.codes)
 
 
-def simplex_codes(n: int) -> Tensor:
-    "n label codes [n,n], each pair at cosine -1/(n-1): vertices of a simplex (ELMES). Length sqrt(n), the scale of a layer-normed feature."
+def simplex_codes(
+    n: int,  # 2 or more
+) -> Tensor:  # [n,n]
+    "Label codes, each pair at cosine -1/(n-1): vertices of a simplex, of length sqrt(n)."
     check_int('n', n, 2)
     return (torch.eye(n) - 1 / n) * n / (n - 1) ** 0.5
 
 
-def new_caml(dim: int, config: CamlConfig, gen: torch.Generator) -> nn.ModuleDict:
-    "An untrained CAML for features of width `dim`: 'encoder', 'read' (token -> code space) and the 'unknown' code."
+def _draw_encoder(width: int, config: CamlConfig) -> nn.TransformerEncoder:
+    "An encoder whose layers, which torch copies from one, are drawn anew each."
+    options = dict(dropout=0.0, activation='gelu', batch_first=True, norm_first=True)
+    layer = nn.TransformerEncoderLayer(width, config.heads, 4 * width, **options)
+    encoder = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
+    for name, p in encoder.named_parameters():
+        for part in p.chunk(3) if 'in_proj' in name else (p,):
+            if p.ndim > 1:
+                nn.init.xavier_uniform_(part)
+    return encoder
+
+# %% ../../nbs/4_rivals/00_features.ipynb #1e82eccb
+def new_caml(
+    dim: int,  # width of a feature
+    config: CamlConfig,  # size and training
+    gen: torch.Generator,  # drawn from
+) -> nn.ModuleDict:  # 'encoder', 'read' (token -> code space), the 'unknown' code
+    "An untrained CAML."
     width = dim + config.codes
     if width % config.heads:
         raise ValueError(
-            f'heads={config.heads} does not divide the token width {dim} + {config.codes} = {width}; change heads or codes'
+            f'heads={config.heads} does not divide the token width {dim} + {config.codes} = '
+            f'{width}; change heads or codes'
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (), generator=gen)))
-        layer = nn.TransformerEncoderLayer(
-            width,
-            config.heads,
-            4 * width,
-            dropout=0.0,
-            activation='gelu',
-            batch_first=True,
-            norm_first=True,
-        )
-        encoder = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
-        for (
-            name,
-            p,
-        ) in encoder.named_parameters():  # the layers are copies of one another: draw each anew
-            for part in p.chunk(3) if 'in_proj' in name else (p,):
-                if p.ndim > 1:
-                    nn.init.xavier_uniform_(part)
-        return nn.ModuleDict(
-            dict(
-                encoder=encoder,
-                read=nn.Linear(width, config.codes),
-                unknown=nn.Embedding(1, config.codes),
-            )
-        )
+        encoder = _draw_encoder(width, config)
+        read = nn.Linear(width, config.codes)
+        unknown = nn.Embedding(1, config.codes)
+    return nn.ModuleDict(dict(encoder=encoder, read=read, unknown=unknown))
 
 # %% ../../nbs/4_rivals/00_features.ipynb #10023919
-def caml_logits(model: nn.ModuleDict, support: Tensor, query: Tensor, codes: Tensor) -> Tensor:
-    "Logits [T,way,Q,way] of queries [T,way,Q,D] given support [T,way,K,D]; class w of episode t carries the label code codes[t,w] of [T,way,E]."
-    (T, way, K, D), Q = support.shape, query.shape[2]
+def caml_logits(
+    model: nn.ModuleDict,  # from `new_caml`
+    support: Tensor,  # [T,way,K,D]
+    query: Tensor,  # [T,way,Q,D]
+    codes: Tensor,  # label code of every class [T,way,E]
+) -> Tensor:  # [T,way,Q,way]
+    "Logits of queries given their supports."
+    T, way, K, D = support.shape
+    Q = query.shape[2]
     features = F.layer_norm(torch.cat([support.flatten(1, 2), query.flatten(1, 2)], 1), (D,))
-    labels = torch.cat(
-        [codes.repeat_interleave(K, 1), model['unknown'].weight.expand(T, way * Q, -1)], 1
-    )
-    hidden = (
-        torch.arange(way * (K + Q), device=codes.device).expand(way * (K + Q), -1) >= way * K
-    )  # nobody sees a query, not even itself
+    unknown = model['unknown'].weight.expand(T, way * Q, -1)
+    labels = torch.cat([codes.repeat_interleave(K, 1), unknown], 1)
+    n = way * (K + Q)
+    hidden = torch.arange(n, device=codes.device).expand(n, -1) >= way * K
+    # nobody sees a query, not even itself
     answer = model['encoder'](torch.cat([features, labels], -1), mask=hidden)[:, way * K :]
     return (model['read'](answer) @ codes.mT).view(T, way, Q, way)
 
 
+def _caml_step(model, flat, rows, config, gen) -> tuple[Tensor, Tensor]:
+    "Loss and logits of random episodes: images `rows` [T,way,S+Q] of the flat pool."
+    simplex = simplex_codes(config.codes).to(flat.device)
+    order = [torch.randperm(config.codes, generator=gen)[: config.way] for _ in rows]
+    support, query = flat[rows].split([config.shot, config.n_query], 2)
+    logits = caml_logits(model, support, query, simplex[torch.stack(order)])
+    truth = torch.arange(config.way, device=flat.device).view(1, -1, 1).expand(logits.shape[:3])
+    return F.cross_entropy(logits.flatten(0, 2), truth.flatten()), logits.argmax(-1) == truth
+
+# %% ../../nbs/4_rivals/00_features.ipynb #3fe368f9
 def train_caml(
-    pool: Tensor, config: CamlConfig, gen: torch.Generator, start: nn.ModuleDict | None = None
-) -> tuple[nn.ModuleDict, Tensor]:
-    "CAML trained on random episodes from a pool of features [M,way,n,D], anew or on from a copy of `start`, frozen; and the query accuracy of every step."
-    model = (
-        (copy.deepcopy(start) if start else new_caml(pool.shape[-1], config, gen))
-        .to(pool.device)
-        .train()
-        .requires_grad_()
-    )
-    simplex, curve = simplex_codes(config.codes).to(pool.device), []
-    tasks = DistillConfig(
-        tasks=config.tasks, way=config.way, shot=config.shot, n_query=config.n_query
-    )
-    opt, flat = torch.optim.Adam(model.parameters(), lr=config.lr), pool.flatten(0, 2)
-    decay = torch.optim.lr_scheduler.OneCycleLR(
-        opt, config.lr, total_steps=config.steps + 1, pct_start=0.2
-    )
+    pool: Tensor,  # features [M,way,n,D]
+    config: CamlConfig,  # size and training
+    gen: torch.Generator,  # drawn from
+    start: nn.ModuleDict | None = None,  # goes on from a copy of it; None: anew
+) -> tuple[nn.ModuleDict, Tensor]:  # frozen; query accuracy of every step
+    "CAML trained on random episodes from a pool."
+    model = copy.deepcopy(start) if start else new_caml(pool.shape[-1], config, gen)
+    model = model.to(pool.device).train().requires_grad_()
+    shape = dict(way=config.way, shot=config.shot, n_query=config.n_query)
+    tasks = DistillConfig(tasks=config.tasks, **shape)
+    flat = pool.flatten(0, 2)
+    opt = torch.optim.Adam(model.parameters(), lr=config.lr)
+    total = config.steps + 1
+    decay = torch.optim.lr_scheduler.OneCycleLR(opt, config.lr, total_steps=total, pct_start=0.2)
+    curve = []
     for _ in tqdm(range(config.steps), desc='train CAML', leave=False):
         rows = draw_tasks(pool.shape[:3], tasks, mixed=True, gen=gen)[2]
-        order = torch.stack(
-            [torch.randperm(config.codes, generator=gen)[: config.way] for _ in rows]
-        )
-        logits = caml_logits(
-            model, flat[rows[:, :, : config.shot]], flat[rows[:, :, config.shot :]], simplex[order]
-        )
-        truth = torch.arange(config.way, device=pool.device).view(1, -1, 1).expand(logits.shape[:3])
-        loss = F.cross_entropy(logits.flatten(0, 2), truth.flatten())
+        loss, right = _caml_step(model, flat, rows, config, gen)
         opt.zero_grad()
         loss.backward()
         opt.step()
         decay.step()
-        curve.append((logits.argmax(-1) == truth).float().mean().item())
+        curve.append(right.float().mean().item())
     return model.eval().requires_grad_(False), torch.tensor(curve)
 
 # %% ../../nbs/4_rivals/00_features.ipynb #05083e3e
 @torch.no_grad()
 def caml_predict(
-    model: nn.ModuleDict, features: Tensor, episodes: Episodes, batch: int = 20
-) -> Tensor:
-    "CAML's predictions [T,way,n_query] from features [n,D] of all images, `batch` episodes at a time."
-    way, most = episodes.classes.shape[1], model['read'].out_features
+    model: nn.ModuleDict,  # trained
+    features: Tensor,  # of all images [n,D]
+    episodes: Episodes,  # T of them
+    batch: int = 20,  # episodes at a time
+) -> Tensor:  # predictions [T,way,n_query]
+    "CAML's predictions."
+    way = episodes.classes.shape[1]
+    most = model['read'].out_features
     if way > most:
         raise ValueError(
-            f'the episodes are {way}-way, but this CAML has {most} label codes; train it with codes={way} or more'
+            f'the episodes are {way}-way, but this CAML has {most} label codes; '
+            f'train it with codes={way} or more'
         )
-    codes, parts = simplex_codes(most)[:way].to(features.device), []
+    codes = simplex_codes(most)[:way].to(features.device)
+    parts = []
     for s, q in zip(episodes.support.split(batch), episodes.query.split(batch)):
-        parts.append(
-            caml_logits(model, features[s], features[q], codes.expand(len(s), -1, -1)).argmax(-1)
-        )
+        logits = caml_logits(model, features[s], features[q], codes.expand(len(s), -1, -1))
+        parts.append(logits.argmax(-1))
     return torch.cat(parts)
 
 # %% ../../nbs/4_rivals/00_features.ipynb #f0b5d0a7
@@ -256,19 +285,18 @@ PUBLIC_LOOK = Look(
 )
 
 
-def public_images(n_classes: int, per_class: int, gen: torch.Generator) -> Tensor:
-    "A pool uint8 [n_classes,1,per_class,3,36,36] of base glyphs chosen at random, drawn as in the pre-training of the miniatures."
+def public_images(
+    n_classes: int,  # 2 or more
+    per_class: int,  # 1 or more
+    gen: torch.Generator,  # drawn from
+) -> Tensor:  # uint8 [n_classes,1,per_class,3,36,36]
+    "A pool of base glyphs chosen at random, drawn as in the pre-training of the miniatures."
     base = glyph_classes('base')
     check_int('n_classes', n_classes, 2, len(base))
     check_int('per_class', per_class, 1)
     chosen = [base[i] for i in torch.randperm(len(base), generator=gen)[:n_classes]]
-    masks = torch.from_numpy(
-        np.stack(
-            [draw_mask(g.code, g.faces[i % len(g.faces)]) for g in chosen for i in range(per_class)]
-        )
-    )
-    images = [
-        (render(part, PUBLIC_LOOK, gen)[0] * 255).round().to(torch.uint8)
-        for part in masks.split(256)
-    ]
-    return torch.cat(images).view(n_classes, 1, per_class, 3, IMAGE_SIZE, IMAGE_SIZE)
+    pairs = [(g, g.faces[i % len(g.faces)]) for g in chosen for i in range(per_class)]
+    masks = torch.from_numpy(np.stack([draw_mask(g.code, face) for g, face in pairs]))
+    parts = [render(part, PUBLIC_LOOK, gen)[0] for part in masks.split(256)]
+    images = torch.cat([(part * 255).round().to(torch.uint8) for part in parts])
+    return images.view(n_classes, 1, per_class, 3, IMAGE_SIZE, IMAGE_SIZE)
