@@ -228,7 +228,7 @@ LITTLE = CmiConfig(InvertConfig(steps=2, per_class=3, alpha_bn=0.0), batch=2)
 def test_a_lora_is_painted_alike_alone_or_first_of_two(two_loras):
     backbone, lora = two_loras
     both, alone = (
-        invert_cmi(backbone, some, 36, LITTLE, generator(0, 'cmi')) for some in (lora, lora[:1])
+        invert_cmi(backbone, some, LITTLE, generator(0, 'cmi')) for some in (lora, lora[:1])
     )
     assert torch.equal(both.images[:1], alone.images) and both.images.shape == (2, 3, 3, 3, 36, 36)
     assert (
@@ -244,14 +244,14 @@ def test_the_bank_matters_from_the_second_batch_on(two_loras, monkeypatch):
 
     backbone, lora = two_loras
     config = replace(LITTLE, losses=replace(LITTLE.losses, steps=4), lr=0.05)
-    whole = invert_cmi(backbone, lora[:1], 36, config, generator(0, 'cmi')).images
+    whole = invert_cmi(backbone, lora[:1], config, generator(0, 'cmi')).images
     loss = cmi.contrastive_loss
     monkeypatch.setattr(
         cmi,
         'contrastive_loss',
         lambda view, other, bank, temperature: loss(view, other, bank[:0], temperature),
     )
-    without = invert_cmi(backbone, lora[:1], 36, config, generator(0, 'cmi')).images
+    without = invert_cmi(backbone, lora[:1], config, generator(0, 'cmi')).images
     assert torch.equal(whole[:, :, :2], without[:, :, :2]) and not torch.equal(
         whole[:, :, 2:], without[:, :, 2:]
     )
@@ -261,22 +261,17 @@ def test_torchs_own_generator_is_left_alone(two_loras):
     backbone, lora = two_loras
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    invert_cmi(backbone, lora[:1], 36, LITTLE, generator(0, 'cmi'))
+    invert_cmi(backbone, lora[:1], LITTLE, generator(0, 'cmi'))
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_cmi_refuses_what_it_cannot_use(two_loras):
     backbone, lora = two_loras
-    with pytest.raises(ValueError, match='stats is missing; pass stats='):
-        invert_cmi(
-            backbone,
-            lora,
-            36,
-            replace(LITTLE, losses=replace(LITTLE.losses, alpha_tokens=1.0)),
-            generator(0),
-        )
-    with pytest.raises(ValueError, match='prior is missing'):
-        invert_cmi(backbone, lora, 36, replace(LITTLE, losses=InvertConfig(steps=2)), generator(0))
+    tokens = replace(LITTLE, losses=replace(LITTLE.losses, alpha_tokens=1.0))
+    with pytest.raises(ValueError, match='needs token statistics; pass priors='):
+        invert_cmi(backbone, lora, tokens, generator(0))
+    with pytest.raises(ValueError, match='needs a prior network; pass priors='):
+        invert_cmi(backbone, lora, replace(LITTLE, losses=InvertConfig(steps=2)), generator(0))
     with pytest.raises(ValueError, match='side=30'):
         generator_net(30, generator(0))
     for wrong in (dict(batch=0), dict(contrast=-1.0), dict(temperature=0.0), dict(width=True)):

@@ -150,7 +150,7 @@ class CamlConfig:
         check_int('codes', self.codes, 2)
         check_int('way', self.way, 2, self.codes)
 
-
+# %% ../../nbs/4_rivals/00_features.ipynb #3b9bbf19
 def simplex_codes(
     n: int,  # 2 or more
 ) -> Tensor:  # [n,n]
