@@ -767,7 +767,7 @@ class Place:
     seed: int = 0
     device: str = 'cpu'
     files: Files = Files()
-    machine: Machine = Machine()
+    machine: Machine | None = None  # None: the scale's
 
 
 def table_columns(
@@ -782,7 +782,7 @@ def table_columns(
     path = lambda name: weights_file(folder, name) if scale.chain.on_disk else None
     backbones = {n: load_backbone(n, path(n), place.device) for n in chosen.backbones}
     how = dict(settings=scale.chain, seed=place.seed, store=place.store)
-    how |= dict(machine=place.machine, files=place.files)
+    how |= dict(machine=place.machine or scale.machine, files=place.files)
     chains = {}
     for name, (sources, _) in itertools.product(backbones, chosen.columns):
         if (name, sources) not in chains:

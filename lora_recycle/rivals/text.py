@@ -4,23 +4,18 @@
 
 # %% auto #0
 __all__ = ['SCALE', 'MOLE_RATE', 'name_texts', 'with_texts', 'text_logits', 'named_accuracy', 'tune_named', 'text_loss',
-           'text_tasks', 'mole_named', 'hub_named', 'text_market', 'text_inverted', 'text_pool', 'text_meta',
-           'text_mole', 'text_hub', 'by_text', 'every_class_rows', 'text_pictures']
+           'text_tasks', 'mole_named', 'hub_named']
 
 # %% ../../nbs/4_rivals/02_text.ipynb #f6743783
 from dataclasses import replace
-from typing import Callable
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..core import generator
 from ..method.backbone import Backbone, encode, normalise
-from .features import zero_shot
-from ..core import digest, generator
-from ..suite.images import ImageSet
+from ..method.chain import Chain, weights_file
 from lora_recycle.method.distill import (
     DistillConfig,
     Embedder,
@@ -28,12 +23,12 @@ from lora_recycle.method.distill import (
     Pool,
     Task,
     augment,
-    distill,
     draw_tasks,
     meta_train,
 )
-from ..suite.episodes import Episodes, draw_episodes
-from ..suite.evaluate import embed_used, interval
+from ..method.lora import LoRA, new_lora
+from ..method.market import Market, MarketConfig, head_logits, private_data
+from ..paper.models import encode_texts
 from lora_recycle.rivals.finetune import (
     HubConfig,
     TuneConfig,
@@ -42,406 +37,190 @@ from lora_recycle.rivals.finetune import (
     descend,
     gated_lora,
 )
-from ..method.inversion import Priors, invert
-from ..method.lora import LoRA, new_lora
-from ..method.market import Market, MarketConfig, head_logits, private_data
+from ..suite.images import ImageSet
 from ..suite.miniature import MINIATURES, load_clip, tokenise
-from ..paper.models import encode_texts
-from ..method.chain import Chain, pool_images, priors, weights_file
-from ..bench.plots import image_rows, method_dots, training_curves
 
 # %% ../../nbs/4_rivals/02_text.ipynb #24c6ae75
 SCALE = 100.0  # of a real CLIP's logits
 
 
-@torch.no_grad()
-def name_texts(run: Chain, data: ImageSet, prompt: bool = True) -> Tensor:
-    """Text features [C,D] of the class names of `data` from the text tower of the run's backbone, at the length of its logit scale: times a unit image feature, they are logits.
+def _spell(data: ImageSet, prompt: bool) -> list[str]:
+    "Names of the classes as a miniature reads them."
+    return [c.replace(data.name, 'latin') if prompt else c for c in data.classes]
 
-    `prompt` (miniatures only): the name of the set, which the tower can only spell, is read as 'latin'. ValueError if the backbone has no text tower."""
-    name = run.backbone.name
-    if name not in MINIATURES:
-        return SCALE * F.normalize(
-            encode_texts(
-                name,
-                weights_file(run.files.weights, name),
-                [f'a photo of a {c.replace("_", " ")}.' for c in data.classes],
-            ),
-            dim=-1,
-        )
-    clip, names = (
-        load_clip(name),
-        [c.replace(data.name, 'latin') if prompt else c for c in data.classes],
-    )
-    return clip.logit_scale.exp() * F.normalize(clip.encode_text(tokenise(names)), dim=-1)
+
+@torch.no_grad()
+def name_texts(
+    chain: Chain,  # whose backbone has a text tower
+    data: ImageSet,  # whose classes have names
+    prompt: bool = True,  # miniatures read the set's name, which they can only spell, as 'latin'
+) -> Tensor:  # [C,D], as long as the logit scale: times a unit image feature, they are logits
+    "Text features of the class names of `data`."
+    name = chain.backbone.name
+    if name in MINIATURES:
+        clip = load_clip(name)
+        texts = clip.encode_text(tokenise(_spell(data, prompt)))
+        return clip.logit_scale.exp() * F.normalize(texts, dim=-1)
+    sentences = [f'a photo of a {c.replace("_", " ")}.' for c in data.classes]
+    texts = encode_texts(name, weights_file(chain.files.weights, name), sentences)
+    return SCALE * F.normalize(texts, dim=-1)
 
 # %% ../../nbs/4_rivals/02_text.ipynb #8c1a6e2e
-def with_texts(lora: LoRA, texts: Tensor, classes: Tensor) -> LoRA:
-    "The M LoRAs with the texts [C,D] of their classes [M,way] for heads: W [M,D,way], b zero."
+def with_texts(
+    lora: LoRA,  # M of them
+    texts: Tensor,  # of all classes [C,D]
+    classes: Tensor,  # of each LoRA [M,way]
+) -> LoRA:  # the same, W [M,D,way], b zero
+    "The LoRAs with the texts of their classes for heads."
     W = texts[classes].mT.contiguous()
     return replace(lora, W=W, b=W.new_zeros(len(W), W.shape[-1]))
 
 
-def text_logits(features: Tensor, lora: LoRA) -> Tensor:
-    "Logits [B,way] of features [B,D]: scaled cosines with the texts that `with_texts` gave to `lora`; M of them serve M equal consecutive groups. As `invert` takes it."
+def text_logits(
+    features: Tensor,  # [B,D]
+    lora: LoRA,  # made by `with_texts`; M serve M equal consecutive groups
+) -> Tensor:  # [B,way]
+    "Scaled cosines with the texts, as `invert` takes them."
     return head_logits(F.normalize(features, dim=-1), lora)
 
 # %% ../../nbs/4_rivals/02_text.ipynb #9891fdff
 @torch.no_grad()
-def named_accuracy(backbone: Backbone, lora: LoRA, images: Tensor) -> Tensor:
-    "Share of images uint8 [M,way,n,3,h,w] for which LoRA m finds the name of its class w: float [M]."
-    logits = text_logits(
-        encode(backbone, normalise(images.flatten(0, 2), backbone), lora).features, lora
-    )
-    right = logits.argmax(-1).view(images.shape[:3]) == torch.arange(
-        images.shape[1], device=logits.device
-    ).view(-1, 1)
-    return right.float().mean((1, 2)).cpu()
+def named_accuracy(
+    backbone: Backbone,  # frozen
+    lora: LoRA,  # M, with texts for heads
+    images: Tensor,  # uint8 [M,way,n,3,h,w]
+) -> Tensor:  # [M], share of the images
+    "How often LoRA m finds the name of its class w."
+    x = normalise(images.flatten(0, 2), backbone)
+    logits = text_logits(encode(backbone, x, lora).features, lora)
+    guess = logits.argmax(-1).view(images.shape[:3])
+    truth = torch.arange(images.shape[1], device=logits.device).view(-1, 1)
+    return (guess == truth).float().mean((1, 2)).cpu()
 
 
+def _first_named(backbone: Backbone, config: MarketConfig, gen: torch.Generator) -> LoRA:
+    "New LoRAs; columns beyond a LoRA's rank stay 0, as in `tune_market`."
+    size = (backbone.layers, backbone.width, max(config.ranks))
+    lora = new_lora(*size, gen, n=config.n_loras)
+    spare = torch.arange(lora.rank) >= torch.tensor(config.ranks)[:, None]
+    return replace(lora, A=lora.A.masked_fill(spare[:, None, None, None], 0.0))
+
+# %% ../../nbs/4_rivals/02_text.ipynb #8daf270c
 def tune_named(
-    backbone: Backbone,
-    data: ImageSet,
-    texts: Tensor,
-    config: MarketConfig,
-    seed: int = 0,
-    part: slice = slice(None),
+    backbone: Backbone,  # frozen
+    data: ImageSet,  # whose training classes the LoRAs learn
+    texts: Tensor,  # of its classes [C,D], frozen
+    config: MarketConfig,  # as for `tune_market`
+    seed: int = 0,  # classes, images and draws
+    part: slice = slice(None),  # which LoRAs; they come out as they would among all
 ) -> Market:
-    "As `tune_market` (`part` too), but by the texts [C,D] of the classes of `data`, which are frozen and serve as heads."
+    "As `tune_market`, but by class names, which serve as heads."
     classes, train, held = (t[part] for t in private_data(data, config, seed))
-    gen, M = generator(seed, 'tune by name', data.name), len(classes)
-    drawn = torch.randint(
-        train[0].numel(), (config.steps, config.n_loras, config.batch), generator=gen
-    )[:, part]
-    lora = new_lora(backbone.layers, backbone.width, max(config.ranks), gen, n=config.n_loras)
-    spare = (
-        torch.arange(lora.rank) >= torch.tensor(config.ranks)[:, None]
-    )  # columns beyond a LoRA's rank stay 0, as in `tune_market`
-    lora = with_texts(
-        replace(lora, A=lora.A.masked_fill(spare[:, None, None, None], 0.0))[part], texts, classes
-    ).map(lambda t: t.to(backbone.device))
+    gen = generator(seed, 'tune by name', data.name)
+    size = (config.steps, config.n_loras, config.batch)
+    drawn = torch.randint(train[0].numel(), size, generator=gen)[:, part]
+    lora = with_texts(_first_named(backbone, config, gen)[part], texts, classes)
+    lora = lora.map(lambda t: t.to(backbone.device))
 
     def losses(learnt, step):
-        images = normalise(data.images[train.flatten(1).gather(1, drawn[step]).flatten()], backbone)
-        own = replace(lora, **learnt)
-        logits = text_logits(encode(backbone, images, own).features, own).view(M, config.batch, -1)
-        return F.cross_entropy(
-            logits.mT, (drawn[step] // train.shape[2]).to(logits.device), reduction='none'
-        ).mean(1)
+        "Of each LoRA [M]."
+        rows = train.flatten(1).gather(1, drawn[step]).flatten()
+        images = normalise(data.images[rows], backbone)
+        student = replace(lora, **learnt)
+        logits = text_logits(encode(backbone, images, student).features, student)
+        logits = logits.view(len(classes), config.batch, -1)
+        labels = (drawn[step] // train.shape[2]).to(logits.device)
+        return F.cross_entropy(logits.mT, labels, reduction='none').mean(1)
 
-    learnt, _ = descend(
-        losses, dict(A=lora.A, B=lora.B), TuneConfig('adam', config.steps, config.lr)
-    )
+    tuning = TuneConfig('adam', config.steps, config.lr)
+    learnt, _ = descend(losses, dict(A=lora.A, B=lora.B), tuning)
     lora = replace(lora, **learnt)
     return Market(lora.map(Tensor.cpu), classes, named_accuracy(backbone, lora, data.images[held]))
 
 # %% ../../nbs/4_rivals/02_text.ipynb #f7fbdb11
+def _name_logits(embedder: Embedder, task: Task, market: LoRA) -> Tensor:
+    "Logits [T,way*n,way] of all images of T tasks for the names of their classes."
+    heads = market.W[task.m, :, task.c].mT
+    features = embedder.features(task.images, task.kept).flatten(1, 2)
+    return F.normalize(features, dim=-1) @ heads
+
+
 def text_loss(
-    student: Embedder, teachers: Embedder, task: Task, config: DistillConfig
-) -> tuple[Tensor, Tensor]:
-    "As `distill.task_loss`, with the texts of the classes c [T,way] of LoRAs m [T,way] for prototypes; all images [T,way,n,3,H,W] are queries."
-    T, way, n = task.images.shape[:3]
-    market, m = teachers.lora, task.m
-    heads = market.W[m, :, task.c].mT
-
-    def by_name(embedder: Embedder) -> Tensor:
-        features = embedder.features(task.images, task.kept).flatten(1, 2)
-        return F.normalize(features, dim=-1) @ heads
-
-    logits, truth = (
-        by_name(student),
-        torch.arange(way, device=task.images.device).repeat_interleave(n).expand(T, -1),
-    )
+    student: Embedder,  # what learns
+    teachers: Embedder,  # M LoRAs with texts for heads
+    task: Task,  # T of them; all images are queries
+    config: DistillConfig,  # not read: names need no support and no distance
+) -> tuple[Tensor, Tensor]:  # loss, and share of the images that are right
+    "As `task_loss`, with the texts of the class names for prototypes."
+    way, n = task.images.shape[1:3]
+    market = teachers.lora
+    logits = _name_logits(student, task, market)
+    truth = torch.arange(way, device=logits.device).repeat_interleave(n)
+    truth = truth.expand(len(logits), -1)
+    accuracy = (logits.argmax(-1) == truth).float().mean()
     if task.mixed:
-        loss = F.cross_entropy(logits.mT, truth)
-    else:
-        with torch.no_grad():
-            lora = market[m[:, 0].to(market.A.device)]
-            target = by_name(Embedder(teachers.backbone, lora)).log_softmax(-1)
-        loss = F.kl_div(
-            logits.log_softmax(-1).flatten(0, 1),
-            target.flatten(0, 1),
-            log_target=True,
-            reduction='batchmean',
-        )
-    return loss, (logits.argmax(-1) == truth).float().mean()
+        return F.cross_entropy(logits.mT, truth), accuracy
+    with torch.no_grad():
+        lora = market[task.m[:, 0].to(market.A.device)]
+        target = _name_logits(Embedder(teachers.backbone, lora), task, market).log_softmax(-1)
+    found = logits.log_softmax(-1).flatten(0, 1)
+    loss = F.kl_div(found, target.flatten(0, 1), log_target=True, reduction='batchmean')
+    return loss, accuracy
 
-
+# %% ../../nbs/4_rivals/02_text.ipynb #8f615ffe
 def text_tasks(
-    backbone: Backbone, pool: Tensor, config: DistillConfig, mixed: bool, gen: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    "Tasks from pool images uint8 [M,way,n,3,H,W]: augmented, normalised images [T,way,shot+n_query,3,H,W], and their LoRA and class numbers [T,way] (see `draw_tasks`)."
+    backbone: Backbone,  # frozen
+    pool: Tensor,  # images uint8 [M,way,n,3,H,W]
+    config: DistillConfig,  # of the chain
+    mixed: bool,  # classes of any LoRAs; else all of one LoRA
+    gen: torch.Generator,  # tasks and views
+) -> Task:
+    "Random tasks, their images augmented and normalised."
     m, c, rows = draw_tasks(pool.shape[:3], config, mixed, gen)
-    views = normalise(
-        augment(pool.flatten(0, 2)[rows.flatten()].float() / 255, config, gen), backbone
-    )
-    return views.view(*rows.shape, *views.shape[1:]), m, c
+    views = augment(pool.flatten(0, 2)[rows.flatten()].float() / 255, config, gen)
+    views = normalise(views, backbone)
+    return Task(views.view(*rows.shape, *views.shape[1:]), mixed, m, c)
 
 # %% ../../nbs/4_rivals/02_text.ipynb #3fcb836f
 MOLE_RATE = 0.1  # of Adam on the gate
 
 
 def mole_named(
-    backbone: Backbone, market: LoRA, images: Tensor, config: DistillConfig, gen: torch.Generator
-) -> LoRA:
-    "MOLE at 0 shots: the market's products under a softmax gate [L,M], learned on `config.steps` steps of mixed tasks from pool images uint8 [M,way,n,3,H,W]."
+    backbone: Backbone,  # frozen
+    market: LoRA,  # M, with texts for heads
+    images: Tensor,  # of the pool, uint8 [M,way,n,3,H,W]
+    config: DistillConfig,  # of the chain
+    gen: torch.Generator,  # tasks and views
+) -> LoRA:  # the market's products, weighted
+    "MOLE at 0 shots: a softmax gate [L,M], learned on mixed tasks."
     market = market.map(lambda t: t.to(backbone.device))
     gate = torch.zeros(1, backbone.layers, market.size, device=backbone.device, requires_grad=True)
     gated = lambda: gated_lora(market, gate.softmax(-1))[0]
-    meta_train(
-        Learner([gate], lambda: Embedder(backbone, gated())),
-        Embedder(backbone, market),
-        Pool(images),
-        replace(config, mix=1.0, lr=MOLE_RATE),
-        gen,
-        loss_of=text_loss,
-    )
+    learner = Learner([gate], lambda: Embedder(backbone, gated()))
+    config = replace(config, mix=1.0, lr=MOLE_RATE)
+    meta_train(learner, Embedder(backbone, market), Pool(images), config, gen, loss_of=text_loss)
     return gated().map(lambda t: t.detach().cpu())
 
-
+# %% ../../nbs/4_rivals/02_text.ipynb #2c2d8ae7
 def hub_named(
-    backbone: Backbone,
-    market: LoRA,
-    images: Tensor,
-    config: DistillConfig,
-    hub: HubConfig,
-    gen: torch.Generator,
-) -> LoRA:
-    "LoRAHub at 0 shots: weights of the market's LoRAs, from `hub.steps` candidates on one batch of mixed tasks (about `hub.images` images of the pool uint8 [M,way,n,3,H,W])."
+    backbone: Backbone,  # frozen
+    market: LoRA,  # M, with texts for heads
+    images: Tensor,  # of the pool, uint8 [M,way,n,3,H,W]
+    config: DistillConfig,  # of the chain
+    hub: HubConfig,  # how many candidates, and on about how many images
+    gen: torch.Generator,  # tasks, views and candidates
+) -> LoRA:  # the market's LoRAs, composed
+    "LoRAHub at 0 shots: weights of the LoRAs that serve one batch of mixed tasks best."
     market = market.map(lambda t: t.to(backbone.device))
-    config = replace(
-        config, tasks=max(1, hub.images // (config.way * (config.shot + config.n_query)))
-    )
-    views, m, c = text_tasks(backbone, images, config, True, gen)
+    each = config.way * (config.shot + config.n_query)
+    config = replace(config, tasks=max(1, hub.images // each))
+    task = text_tasks(backbone, images, config, True, gen)
     composed = lambda weights: compose(market, weights.to(backbone.device), hub.rule)[0]
 
     @torch.no_grad()
     def losses(weights):
+        "Of each candidate."
         student = Embedder(backbone, composed(weights))
-        task = Task(views, True, m, c)
         return text_loss(student, Embedder(backbone, market), task, config)[0][None].cpu()
 
     return composed(ask_and_tell(losses, 1, market.size, hub, gen)).map(Tensor.cpu)
-
-# %% ../../nbs/4_rivals/02_text.ipynb #97d81ec5
-def text_market(run: Chain) -> Market:
-    "The run's market, tuned by class names, `tune_chunk` LoRAs at a time: equal shares of its sources."
-    n, made = run.scale.market.n_loras // len(run.sources), []
-    config, chunk = replace(run.scale.market, n_loras=n), run.scale.tune_chunk or n
-    for source in run.parts or (run,):
-        texts = name_texts(run, source.data)
-        for first in range(0, n, chunk):
-            make = lambda: tune_named(
-                run.backbone, source.data, texts, config, run.seed, slice(first, first + chunk)
-            ).tensors()
-            made.append(
-                run.cache.get(
-                    'text_market',
-                    dict(
-                        market=source.market_key,
-                        texts=digest(texts),
-                        config=config,
-                        seed=run.seed,
-                        first=first,
-                        chunk=chunk,
-                    ),
-                    make,
-                )
-            )
-    return Market.from_tensors({k: torch.cat([t[k] for t in made]) for k in made[0]})
-
-
-def text_inverted(run: Chain) -> Tensor:
-    "Images uint8 [M,way,n,3,H,W] inverted from `text_market` (Eq. 1 with names), `chunk` LoRAs at a time, in `rounds` of fewer images."
-    market, scale, chunks = text_market(run).lora, run.scale, []
-    side, small = (
-        (run.parts or (run,))[0].data.images.shape[-1],
-        replace(scale.invert, per_class=scale.invert.per_class // scale.rounds),
-    )
-    for first in range(0, market.size, scale.chunk):
-        lora, gen = (
-            market[first : first + scale.chunk],
-            generator(run.seed, 'invert by name', run.name, first),
-        )
-        make = lambda: dict(
-            images=torch.cat(
-                [
-                    invert(
-                        run.backbone, lora, small, gen, Priors(*priors(run)), text_logits
-                    ).images
-                    for _ in range(scale.rounds)
-                ],
-                2,
-            )
-        )
-        key = dict(
-            backbone=run.backbone.digest,
-            lora=digest(lora.tensors()),
-            config=scale.invert,
-            rounds=scale.rounds,
-            prior=scale.prior,
-            seed=run.seed,
-            first=first,
-            set=run.name,
-        )
-        chunks.append(run.cache.get('text_inverted', key, make)['images'])
-    return torch.cat(chunks)
-
-# %% ../../nbs/4_rivals/02_text.ipynb #a6f0b156
-def text_pool(run: Chain, pool: str) -> Tensor:
-    "Images uint8 [M,way,n,3,H,W] of the market's classes: 'inverted' by name, or 'real' or 'noise' as in `pool_images`."
-    return text_inverted(run) if pool == 'inverted' else pool_images(run, pool)
-
-
-def _learned(
-    run: Chain, kind: str, pool: str, config: DistillConfig, more: object, learn: Callable
-) -> dict[str, Tensor]:
-    "What `learn(teachers, images, generator)` makes of the pool `pool`, as tensors, from the cache if it is there; `more`: settings besides `config`."
-    teachers, images = text_market(run).lora, text_pool(run, pool)
-    key = dict(
-        backbone=run.backbone.digest,
-        teachers=digest(teachers.tensors()),
-        images=digest(images),
-        config=config,
-        more=more,
-        seed=run.seed,
-        set=run.name,
-    )
-    return run.cache.get(
-        kind, key, lambda: learn(teachers, images, generator(run.seed, kind, run.name))
-    )
-
-
-def text_meta(run: Chain, shot: int = 0, pool: str = 'inverted', **changes) -> tuple[LoRA, Tensor]:
-    "The zero-shot meta-LoRA and its curve (Eq. 3 and 4 with names); `pool` as in `text_pool`, `changes` to the run's `DistillConfig`. `shot` changes nothing but the number of images."
-    config = replace(run.scale.distill, shot=max(1, shot), **changes)
-
-    def learn(teachers, images, gen):
-        lora, curve = distill(
-            run.backbone, teachers, Pool(images), config, gen, loss_of=text_loss
-        )
-        return dict(A=lora.A, B=lora.B, curve=curve)
-
-    t = _learned(run, 'text_meta', pool, config, None, learn)
-    return LoRA(t['A'], t['B']), t['curve']
-
-
-def text_mole(run: Chain) -> LoRA:
-    "MOLE's LoRA at 0 shots, gate learned on the inverted images; see `mole_named`."
-    config = replace(run.scale.distill, shot=1)
-    return LoRA(
-        **_learned(
-            run,
-            'text_mole',
-            'inverted',
-            config,
-            MOLE_RATE,
-            lambda *given: _plain(mole_named(run.backbone, *given[:2], config, given[2])),
-        )
-    )
-
-
-def text_hub(run: Chain) -> LoRA:
-    "LoRAHub's LoRA at 0 shots, weights found on the inverted images; see `hub_named`."
-    config, hub = replace(run.scale.distill, shot=1), run.scale.hub
-    return LoRA(
-        **_learned(
-            run,
-            'text_hub',
-            'inverted',
-            config,
-            hub,
-            lambda *given: _plain(hub_named(run.backbone, *given[:2], config, hub, given[2])),
-        )
-    )
-
-
-def _plain(lora: LoRA) -> dict[str, Tensor]:
-    "The tensors of `lora` without its head."
-    return dict(A=lora.A, B=lora.B)
-
-# %% ../../nbs/4_rivals/02_text.ipynb #fa5ecc0b
-def by_text(lora: Callable[[Chain], LoRA | None], prompt: bool = True) -> Callable:
-    "The zero-shot method that embeds the queries with `lora(run)` and takes the class name with the nearest text; the support of the episodes is not used."
-
-    def predict(run: Chain, data: ImageSet, episodes: Episodes, shot: int = 0) -> Tensor:
-        return zero_shot(
-            embed_used(run.backbone, data.images, episodes, lora(run)),
-            episodes,
-            name_texts(run, data, prompt),
-        )
-
-    return predict
-
-
-def every_class_rows(
-    table: str,
-    run: Chain,
-    methods: dict[tuple[str, str], Callable],
-    targets: tuple,
-    split: str = 'test',
-) -> pd.DataFrame:
-    """Accuracy among all classes of `split` of each of the sets `targets`, for `methods`: (name, variant) -> `by_text` function; `scale.n_query` images a class.
-
-    Half of the 95 % interval is over classes. Columns as far as `results.COLUMNS` need them; metric `all_way_accuracy`."""
-    rows = []
-    for target in targets:
-        data = run.open(target).split(split)
-        episodes = draw_episodes(
-            data, split, 1, len(data.splits[split]), 1, run.scale.n_query, run.seed
-        )
-        for (name, variant), predict in methods.items():
-            make = lambda: dict(
-                right=(
-                    predict(run, data, episodes, 0)[0]
-                    == torch.arange(episodes.query.shape[1])[:, None]
-                )
-                .double()
-                .mean(1)
-            )
-            key = dict(
-                market=run.market_key,
-                target=target,
-                split=split,
-                method=(name, variant),
-                sizes=[
-                    getattr(run.scale, k)
-                    for k in ('per_class', 'n_query', 'invert', 'distill', 'hub')
-                ],
-                seed=run.seed,
-            )
-            mean, half = interval(100 * run.cache.get('text_every', key, make)['right'])
-            rows.append(
-                dict(
-                    table=table,
-                    method=name,
-                    variant=variant,
-                    backbone=run.backbone.name,
-                    dataset=target,
-                    way=None,
-                    shot=0,
-                    metric='all_way_accuracy',
-                    value=mean,
-                    ci95=half,
-                )
-            )
-    return pd.DataFrame(rows)
-
-# %% ../../nbs/4_rivals/02_text.ipynb #c1811932
-def text_pictures(table: str, runs: list[Chain], rows: pd.DataFrame) -> dict[str, Figure]:
-    "Accuracies; images that the names of the first LoRA of each source invert to, below real ones (two a class); meta-training from inverted, real and noise images."
-    run, shown = runs[0], {}
-    made, real, each = (
-        text_pool(run, 'inverted'),
-        text_pool(run, 'real'),
-        run.scale.market.n_loras // len(run.sources),
-    )
-    for i, source in enumerate(run.sources):
-        for name, pool in (('real', real), ('inverted', made)):
-            shown[f'{source}: {name}'] = pool[i * each, :, :2].flatten(0, 1)
-    curves = {pool: text_meta(run, pool=pool)[1] for pool in ('inverted', 'real', 'noise')}
-    return dict(
-        accuracy=method_dots(rows, {}),
-        images=image_rows(shown),
-        curves=training_curves(curves),
-    )
