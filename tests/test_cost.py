@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_recycle import cost
+from lora_recycle.bench import cost
 from lora_recycle.method.backbone import encode_tokens
 from lora_recycle.core import generator
 from lora_recycle.bench.cost import (

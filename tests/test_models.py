@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_recycle import models
+from lora_recycle.paper import models
 from lora_recycle.method.backbone import embed_patches, encode
 from lora_recycle.core import digest, generator, save_tensors, write_json
 from lora_recycle.bench.cost import ViTShape, random_backbone

@@ -27,7 +27,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
-from lora_recycle import page as page_module
+from lora_recycle.use import page as page_module
 from lora_recycle.method.backbone import encode, normalise
 from lora_recycle.use.classifier import FewShotClassifier, recycle, save_meta_lora
 from lora_recycle.core import generator
@@ -87,7 +87,7 @@ def said(page, request):
 
 def test_it_answers_as_the_classifier_does(page, sent):
     for with_lora in (True, False):
-        asked = read_request(sent | dict(lora=with_lora), page.side)
+        asked = read_request(sent | dict(lora=with_lora), page.backbone.side)
         answer = classify(page, asked)
         model = FewShotClassifier(
             page.backbone, page.lora if with_lora else None, page.temperature
@@ -104,7 +104,7 @@ def test_a_support_image_is_its_own_nearest_and_the_numbers_fit(page, sent):
     "Classes of 1, 2 and 3 images; every support image asked again"
     supports = [sent['supports'][c][: c + 1] for c in range(3)]
     asked = read_request(
-        dict(sent, names=['a', 'b', 'c'], supports=supports, queries=sum(supports, [])), page.side
+        dict(sent, names=['a', 'b', 'c'], supports=supports, queries=sum(supports, [])), page.backbone.side
     )
     answer = classify(page, asked)
     assert [tuple(p['nearest']) for p in answer['predictions']] == [
@@ -126,7 +126,7 @@ def test_a_support_image_is_its_own_nearest_and_the_numbers_fit(page, sent):
 
 
 def test_kept_patches_are_the_most_attended(page, sent):
-    images = read_request(sent, page.side).queries
+    images = read_request(sent, page.backbone.side).queries
     for share in (0.0, 0.3, 0.95):
         shown, kept = kept_patches(page.backbone, page.lora, images, share)
         assert kept.shape[1] == 36 - int(36 * share)
@@ -154,7 +154,7 @@ def test_examples_are_recognised(page):
         right = []
         for seed in range(8):
             request = example(name, seed)
-            answer = classify(page, read_request(request, page.side))
+            answer = classify(page, read_request(request, page.backbone.side))
             right += [
                 p['label'] == q['name'].removesuffix('.png')
                 for p, q in zip(answer['predictions'], request['queries'])
@@ -177,7 +177,7 @@ def test_upside_down_photos_are_turned(page, sent):
         dict(name='straight', data=data_of(photo)),
         dict(name='turned', data=data_of(turned, exif=exif)),
     ]
-    x = read_request(sent | dict(queries=queries), page.side).queries
+    x = read_request(sent | dict(queries=queries), page.backbone.side).queries
     assert torch.equal(x[0], x[1])
 
 
@@ -268,7 +268,7 @@ def test_what_is_our_fault_shows_no_traceback(page, sent, monkeypatch, capsys):
 
 def test_a_saved_meta_lora_is_loaded(page, sent, tmp_path):
     market, _ = read_market(files('lora_recycle') / 'assets/market', page.backbone)
-    meta = recycle(page.backbone, market[:2], scale='smoke')
+    meta = recycle(page.backbone, market[:2], 'smoke')
     save_meta_lora(tmp_path / 'meta', meta, name='mine')
     loaded = make_page(meta_lora=tmp_path / 'meta')
     assert loaded.about == "miniature with the meta-LoRA 'mine'"
@@ -288,7 +288,7 @@ def test_other_backbones_and_loras(page, tmp_path):
         make_page(page.backbone, 3)
     with pytest.raises(FileNotFoundError):
         make_page(page.backbone, tmp_path)
-    assert 'HAS_LORA = false' in page_files(make_page(page.backbone))['/page.js'][1]
+    assert '"lora": false' in page_files(make_page(page.backbone))['/settings.js'][1]
 
 
 @contextlib.contextmanager
@@ -469,7 +469,7 @@ def test_example_in_a_browser(page, sent):
         tab.click('#digits')
         tab.wait_for_selector('#classes .drop >> nth=4')
         found = classified(tab)
-        truth = [p['label'] for p in classify(page, read_request(sent, page.side))['predictions']]
+        truth = [p['label'] for p in classify(page, read_request(sent, page.backbone.side))['predictions']]
         assert found == [(q['name'], label) for q, label in zip(sent['queries'], truth)]
         assert len(
             tab.query_selector_all('#prototypes img.central')

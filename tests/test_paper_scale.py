@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torchvision.models import resnet50
 
-from lora_recycle import models
+from lora_recycle.paper import models
 from lora_recycle.core import Cache
 from lora_recycle.bench.cost import ViTShape
 from lora_recycle.rivals.finetune import HubConfig, TuneConfig

@@ -336,7 +336,7 @@ def test_a_missing_font_is_named(monkeypatch, tmp_path):
 
 def test_a_truncated_weight_file_is_named(monkeypatch, tmp_path):
     import shutil
-    from lora_recycle import miniature
+    from lora_recycle.suite import miniature
 
     shutil.copytree(miniature.asset_dir(), tmp_path / 'miniature')
     damaged = tmp_path / 'miniature' / 'clip.safetensors'

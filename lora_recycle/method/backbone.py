@@ -80,11 +80,11 @@ class _Sizes:
         "Width of a feature."
         return self.weights['proj'].shape[1]
 
-# %% ../../nbs/1_method/01_backbone.ipynb #c69f797e
+# %% ../../nbs/1_method/01_backbone.ipynb #20b00027
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
-
+# %% ../../nbs/1_method/01_backbone.ipynb #c69f797e
 @dataclass(frozen=True)
 class Backbone(_Sizes):
     "A frozen vision transformer: tensors and the few numbers that shape it."
@@ -99,6 +99,7 @@ class Backbone(_Sizes):
     eps: float = 1e-5  # of every LayerNorm
     stem: tuple = ()  # of StemConv, before the patches are cut
     stem_side: int = 0  # images are enlarged to this side before the stem; 0: they are not
+    unit: float = 0.0  # features are scaled to this length; 0: they stay as long as they come
 
     def __post_init__(self):
         check_choice('act', self.act, ('gelu', 'quick_gelu'))
@@ -113,7 +114,7 @@ class Backbone(_Sizes):
     def digest(self) -> str:
         "Short name of everything that decides a feature: what caches are keyed by."
         numbers = (self.heads, self.act, self.mean, self.std, self.eps)
-        return digest(self.name, self.weights, *numbers, *_stem_numbers(self))
+        return digest(self.name, self.weights, *numbers, *_stem_numbers(self), *_unit_number(self))
 
     def to(self, device) -> 'Backbone':
         "The same backbone on `device`."
@@ -146,6 +147,11 @@ def denormalise(
 def _stem_numbers(backbone: Backbone) -> tuple:
     "What the stem adds to a backbone's digest: nothing if there is none."
     return (backbone.stem, backbone.stem_side) if backbone.stem or backbone.stem_side else ()
+
+
+def _unit_number(backbone: Backbone) -> tuple:
+    "What the length of features adds to a backbone's digest: nothing if it is left alone."
+    return (backbone.unit,) if backbone.unit else ()
 
 
 def _activate(x: Tensor, act: str) -> Tensor:
@@ -416,6 +422,8 @@ def _forward(backbone, images, lora, plan, keep, select, with_tokens) -> Encoded
         if with_tokens:
             tokens.append(x)
     features = _norm(backbone, x[:, 0], 'ln_post') @ backbone.weights['proj']
+    if backbone.unit:
+        features = backbone.unit * F.normalize(features, dim=-1)
     return Encoded(features, kept, tokens)
 
 # %% ../../nbs/1_method/01_backbone.ipynb #b478e8d2
