@@ -34,6 +34,7 @@ from ..jobs import Executor, Job, run_graph
 from .backbone import RULES, Backbone
 from .distill import DistillConfig, Pool, distill, distill_whole, task_loss
 from lora_recycle.method.inversion import (
+    SMI_DROP,
     InvertConfig,
     Inverted,
     Priors,
@@ -50,6 +51,7 @@ from lora_recycle.method.market import (
 )
 from ..suite.images import IN_DOMAIN, PAPER_SETS, ImageSet
 from ..suite.miniature import MINIATURES, load_prior, load_token_stats
+from ..suite.photos import PHOTO_SETS
 
 # %% ../../nbs/1_method/05_chain.ipynb #a9588064
 STARTS = ('zero', 'average', 'none')
@@ -100,8 +102,8 @@ class Settings:
     invert: InvertConfig
     distill: DistillConfig
     per_class: int = 0  # images of a class in an image set; 0: all
-    prior: str = 'miniature'  # the network of R_BN: the shipped one, or one of torchvision
-    on_disk: bool = False  # the paper's data sets and backbones from files, not the embedded ones
+    prior: str = 'miniature'  # the network of R_BN: one that ships, or torchvision's ResNet-50
+    on_disk: bool = False  # image sets from files, not the embedded ones
 
     def __post_init__(self):
         check_choice('prior', self.prior, PRIORS)
@@ -151,6 +153,44 @@ _GLYPHS = DistillConfig(
     colour=1.3,
 )
 
+# %% ../../nbs/1_method/05_chain.ipynb #b2c21fd5
+_PHOTOS = dict(
+    per_class=40,
+    prior='mobilenet',
+    on_disk=True,
+    market=MarketConfig(n_loras=12, steps=60, batch=40, lr=3e-3),
+    invert=InvertConfig(
+        steps=150,
+        per_class=8,
+        lr=0.1,
+        decay=True,
+        alpha_bn=0.01,
+        alpha_tv=0.5,
+        affine=0.3,
+        flip=False,
+        smooth_start=6,
+    ),
+    distill=DistillConfig(
+        steps=200,
+        tasks=2,
+        n_query=3,
+        rank=8,
+        lr=2e-3,
+        cycle=200,
+        warmup=15,
+        flip=0.0,
+        affine=1.0,
+        colour=1.0,
+    ),
+)
+
+# %% ../../nbs/1_method/05_chain.ipynb #34b25c9a
+_QUICK = dict(
+    market=replace(_PHOTOS['market'], n_loras=6, steps=40, batch=20),
+    invert=replace(_PHOTOS['invert'], steps=60, per_class=4, bn_every=2, drop=SMI_DROP),
+    distill=replace(_PHOTOS['distill'], steps=80, cycle=80),
+)
+
 # %% ../../nbs/1_method/05_chain.ipynb #de7c533a
 SETTINGS = {
     'smoke': Settings(
@@ -167,6 +207,8 @@ SETTINGS = {
         _GLYPHS,
         per_class=40,
     ),
+    'photos': Settings('photos', **_PHOTOS),
+    'photos-quick': Settings('photos-quick', **_PHOTOS | _QUICK),
     'paper': Settings(
         'paper',
         MarketConfig(),
@@ -269,11 +311,11 @@ class _Renormalise(nn.Module):
         return x * self.scale + self.shift
 
 # %% ../../nbs/1_method/05_chain.ipynb #007c7d1a
-_CNNS = dict(resnet50='resnet50', mobilenet='mobilenet_v2')  # name in torchvision, and of the file
+_CNNS = dict(resnet50='resnet50')  # name in torchvision, and of the file
 
 
 def cnn_prior(
-    name: str,  # 'resnet50' or 'mobilenet'
+    name: str,  # 'resnet50'
     path,  # torchvision's checkpoint
     backbone: Backbone,  # whose normalisation images have
 ) -> nn.Module:  # frozen
@@ -654,6 +696,8 @@ def _load_network(chain: Chain) -> nn.Module:
     prior = chain.settings.prior
     if prior == 'miniature':
         return load_prior()
+    if prior == 'mobilenet':
+        return nn.Sequential(_Renormalise(chain.backbone), load_prior(prior))
     return cnn_prior(prior, weights_file(chain.files.weights, _CNNS[prior]), chain.backbone)
 
 
@@ -831,9 +875,10 @@ def _read_images(chain: Chain, recipe: Recipe) -> Inverted:
 # %% ../../nbs/1_method/05_chain.ipynb #bf2df925
 def _find_next(part: Chain) -> Chain:
     "The chain on the next set of the same family."
-    family = PAPER_SETS[:4] if part.name in PAPER_SETS else IN_DOMAIN
-    if part.name not in family:
-        raise ValueError(f"pool='other' is not known for {part.name!r}; only for {family}")
+    families = (PAPER_SETS[:4], PHOTO_SETS[:4], IN_DOMAIN)
+    family = next((f for f in families if part.name in f), None)
+    if family is None:
+        raise ValueError(f"pool='other' is not known for {part.name!r}; only for {families}")
     following = family[(family.index(part.name) + 1) % len(family)]
     return replace(part, source=type(part.source)((following,)))
 

@@ -31,7 +31,7 @@ from ..core import check_choice, generator
 from ..bench.cost import VIT_B16, VIT_B32, ViTShape, flops_true_g, shape_of
 from .datasets import NORMALISATIONS
 from ..use.exchange import Limits, backbone_from_hf, read_tensors, tensor_header
-from ..suite.miniature import MINIATURES, load_miniature
+from ..suite.miniature import MINIATURES, PHOTO, load_miniature
 
 # %% ../../nbs/6_paper/01_models.ipynb #f44bac12
 @dataclass(frozen=True)
@@ -636,12 +636,16 @@ def _from_file(name: str, path: Path) -> Backbone:
     return backbone
 
 # %% ../../nbs/6_paper/01_models.ipynb #9cae1b5d
-def load_backbone(name: str, weights=None, device='cpu', seed: int = 0) -> Backbone:
-    """The model `name` (a key of `MODELS`) as a frozen `Backbone` on `device`.
+def load_backbone(name: str = PHOTO, weights=None, device='cpu', seed: int = 0) -> Backbone:
+    """The model `name` (a key of `MODELS`, or what ships for photos) as a frozen `Backbone` on `device`.
 
     weights: path of a checkpoint or of a transformers CLIP folder, 'download', 'random' (drawn from `seed`), or None for a miniature: what is shipped.
     Nothing is ever fetched unless asked for. ValueError or FileNotFoundError with the remedy if the weights are absent or do not fit exactly."""
-    model = MODELS[check_choice('name', name, MODELS)]
+    if name == PHOTO and weights is None:
+        return load_miniature(PHOTO).to(device)
+    if name == PHOTO:
+        raise ValueError(f'weights={str(weights)!r}: {PHOTO} takes none, it ships; leave them out')
+    model = MODELS[check_choice('name', name, [*MODELS, PHOTO])]
     if weights is None:
         if name not in MINIATURES:
             raise ValueError(f'weights=None: {_no_weights(name)}')
