@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SMI_DROP', 'bn_gaps', 'bn_prior', 'token_prior', 'total_variation', 'InvertConfig', 'Priors', 'check_priors',
-           'affine_view', 'Shift', 'draw_shift', 'view_images', 'random_view', 'Canvas', 'InversionProblem', 'Best',
-           'shift_patches', 'descend_pixels', 'drops_at', 'count_alive', 'drop_patches', 'Inverted', 'invert',
-           'sparse_patches']
+           'affine_view', 'Shift', 'draw_shift', 'view_images', 'random_view', 'Canvas', 'InversionProblem',
+           'BestImages', 'shift_patches', 'descend_pixels', 'drops_at', 'count_alive', 'drop_patches', 'Inverted',
+           'invert', 'sparse_patches']
 
 # %% ../../nbs/1_method/03_inversion.ipynb #a97b3fb9
 import math
@@ -338,7 +338,7 @@ def _losses(problem, images, plan, alive, bn_times) -> tuple[Tensor, Tensor, Ten
     return loss, logits, out.kept
 
 # %% ../../nbs/1_method/03_inversion.ipynb #8a984a90
-class Best:
+class BestImages:
     "The images [B,3,H,W] of the step at which the loss of their group was lowest."
 
     def __init__(self, images: Tensor, groups: int):
@@ -374,7 +374,7 @@ def descend_pixels(
     plan: dict | None = None,  # prune plan {layer: ratio}
     alive: Tensor | None = None,  # patches that are not dropped [B,K]; None: all
     bn_times: int = 1,  # R_BN counts so many times; 0: it is not computed
-    best: Best | None = None,  # told of the images before the step
+    best: BestImages | None = None,  # told of the images before the step
 ) -> Tensor:  # losses [M] before the step, without gradient
     "One step of Adam on the pixels, for a random view of them."
     images = canvas.images()
@@ -449,7 +449,7 @@ def _last_plan(backbone: Backbone, config: InvertConfig) -> dict:
 
 
 @torch.no_grad()
-def _stored(problem: InversionProblem, best: Best) -> Inverted:
+def _stored(problem: InversionProblem, best: BestImages) -> Inverted:
     "What is kept: images rounded to 8 bit, and what the teacher says about these."
     backbone = problem.backbone
     teachers = problem.teachers
@@ -466,12 +466,12 @@ def _stored(problem: InversionProblem, best: Best) -> Inverted:
     )
 
 # %% ../../nbs/1_method/03_inversion.ipynb #30c0001b
-def _descend(problem: InversionProblem, canvas: Canvas) -> Best:
+def _descend(problem: InversionProblem, canvas: Canvas) -> BestImages:
     "All steps of an inversion."
     config = problem.config
     M = problem.teachers.size
     plan_from = math.ceil(config.plan_after * config.steps) if config.plan else -1
-    best = Best(canvas.images().detach(), M)
+    best = BestImages(canvas.images().detach(), M)
     alive = None
     for step in tqdm(range(config.steps), desc=f'invert {M} LoRAs', leave=False):
         if config.decay:
@@ -481,7 +481,7 @@ def _descend(problem: InversionProblem, canvas: Canvas) -> Best:
         for ratio in ratios:
             alive = drop_patches(problem, canvas.images(), alive, ratio)
         if ratios or step == plan_from:
-            best = Best(best.images, M)
+            best = BestImages(best.images, M)
         plan = dict(config.plan) if step >= plan_from else None
         whole = not config.alpha_bn or step % config.bn_every == 0
         times = config.bn_every if whole else 0
