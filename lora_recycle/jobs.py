@@ -247,7 +247,7 @@ def _serve():
 
 # %% ../nbs/01_jobs.ipynb #3c172f78
 def _start(threads: int) -> subprocess.Popen:
-    "A new worker process, which imports from where this one does, with `threads` threads and without progress bars."
+    "A new worker process with `threads` threads, which imports from where this one does."
     env = {
         **os.environ,
         'PYTHONPATH': os.pathsep.join(sys.path),
@@ -263,9 +263,9 @@ def _start(threads: int) -> subprocess.Popen:
         start_new_session=True,
     )
 
-
+# %% ../nbs/01_jobs.ipynb #e616d908
 def _ask(worker: subprocess.Popen, *messages) -> tuple[str, bytes] | None:
-    "Send `messages` and wait for the answer to the last, see `_answer`; None if the worker was lost."
+    "The answer to the last of `messages`; None if the worker was lost."
     try:
         for message in messages:
             pickle.dump(message, worker.stdin)
@@ -276,7 +276,7 @@ def _ask(worker: subprocess.Popen, *messages) -> tuple[str, bytes] | None:
 
 
 def _end(worker: subprocess.Popen) -> int:
-    "End a worker process, if it has not ended by itself: its exit status, minus the signal that killed it."
+    "End a worker process: its exit status, or minus the signal that killed it."
     with suppress(OSError):
         worker.stdin.close()
     with suppress(subprocess.TimeoutExpired):
@@ -347,6 +347,7 @@ def _on_processes(
     live = []
 
     def start():
+        "A new worker."
         live.append(_start(threads))
         return live[-1]
 
@@ -516,7 +517,7 @@ def _collect(jobs: list[Job], events: Iterator, bar: tqdm) -> dict:
 def run_graph(
     jobs: list[Job],  # in the order in which they are begun, as far as `needs` allows
     context=None,  # what all jobs get first, sent to each worker once
-    executor: Executor = Executor(),
+    executor: Executor = Executor(),  # here, processes, or Ray
     device: str = 'cpu',  # 'cpu', or 'cuda': one GPU a worker
     desc: str = '',  # what the progress bar says
     shared=None,  # folder that the workers must see too
@@ -532,7 +533,7 @@ def run_graph(
         with closing(run(data, _Agenda(jobs), packed, executor, (device, probe))) as events:
             return _collect(jobs, events, bar)
 
-
+# %% ../nbs/01_jobs.ipynb #d81546bd
 def _apply(function: Callable, *args, device: str):
     "A job of `run_jobs`."
     known = inspect.signature(function).parameters
@@ -542,7 +543,7 @@ def _apply(function: Callable, *args, device: str):
 def run_jobs(
     function: Callable,  # called as function(*job), with device=... if it has such a parameter
     jobs: list[tuple],  # arguments of each job
-    executor: Executor = Executor(),
+    executor: Executor = Executor(),  # here, processes, or Ray
     device: str = 'cpu',  # 'cpu', or 'cuda': one GPU a worker
     desc: str = '',  # what the progress bar says
     shared=None,  # folder that the workers must see too

@@ -20,16 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_recycle.core import (
-    Cache,
-    check_choice,
-    check_int,
-    check_parameters,
-    digest,
-    generator,
-    load_tensors,
-    project_folder,
-)
+from ..core import Cache, check_choice, check_int, digest, generator, load_tensors
 from ..jobs import Executor, Job, run_graph
 from .backbone import RULES, Backbone
 from .distill import DistillConfig, Pool, distill, distill_whole, task_loss
@@ -42,13 +33,8 @@ from lora_recycle.method.inversion import (
     sparse_patches,
 )
 from .lora import LoRA
-from lora_recycle.method.market import (
-    Market,
-    MarketConfig,
-    head_logits,
-    private_data,
-    tune_market,
-)
+from .market import Market, MarketConfig, head_logits, private_data
+from .market import tune_market
 from ..suite.images import IN_DOMAIN, PAPER_SETS, ImageSet
 from ..suite.miniature import MINIATURES, load_prior, load_token_stats
 from ..suite.photos import PHOTO_SETS
@@ -294,7 +280,7 @@ def _checkpoints():
 
     return models
 
-
+# %% ../../nbs/1_method/05_chain.ipynb #310371ba
 class _Renormalise(nn.Module):
     "From the backbone's normalisation to ImageNet's."
 
@@ -308,6 +294,7 @@ class _Renormalise(nn.Module):
         self.register_buffer('shift', shift.view(3, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        "Images [B,3,H,W]."
         return x * self.scale + self.shift
 
 # %% ../../nbs/1_method/05_chain.ipynb #007c7d1a
@@ -430,7 +417,7 @@ class TuneInputs:
     first: int  # number of the first LoRA
     size: int  # how many are tuned at once
 
-
+# %% ../../nbs/1_method/05_chain.ipynb #41f9c913
 @dataclass(frozen=True)
 class InvertInputs:
     "What images of a batch of LoRAs depend on."
@@ -539,7 +526,7 @@ class _Fields:
             object.__setattr__(self, 'store', Cache(folder.name))
         _check_chain(self)
 
-
+# %% ../../nbs/1_method/05_chain.ipynb #5c8f7a18
 def _check_chain(chain: _Fields):
     "ValueError unless the market can be shared and the images made in rounds."
     n_sets = len(getattr(chain.source, 'sets', ())) or 1
@@ -548,7 +535,8 @@ def _check_chain(chain: _Fields):
         raise ValueError(
             f'{n_loras} LoRAs cannot be shared among {n_sets} sources; change n_loras'
         )
-    per_class, rounds = chain.settings.invert.per_class, chain.machine.rounds
+    per_class = chain.settings.invert.per_class
+    rounds = chain.machine.rounds
     if per_class % rounds:
         raise ValueError(
             f'{per_class} images a class cannot be made in {rounds} rounds; change rounds'
@@ -561,7 +549,7 @@ def _open_set():
 
     return open_set
 
-
+# %% ../../nbs/1_method/05_chain.ipynb #e42d2cb1
 class _Sets(_Fields):
     "A chain's image sets."
 
@@ -660,6 +648,7 @@ def _digest_set(chain: Chain, name: str) -> str:
     "Digest of the images, labels and splits of the set `name`."
 
     def find():
+        "Its digest."
         data = chain.open(name)
         images = data.images if isinstance(data.images, Tensor) else data.images.digest
         return digest(images, data.labels, data.splits)
@@ -690,7 +679,7 @@ def load_priors(
     network, stats = (None if x is None else x.to(device) for x in vars(given).values())
     return Priors(network, stats)
 
-
+# %% ../../nbs/1_method/05_chain.ipynb #e3e94221
 def _load_network(chain: Chain) -> nn.Module:
     "The network that the settings name."
     prior = chain.settings.prior
@@ -707,9 +696,11 @@ def _digest_priors(chain: Chain, config: InvertConfig) -> tuple[str, ...]:
     used = [name for name, weight in weights.items() if weight]
 
     def find():
+        "Its digest."
         priors = load_priors(chain)
-        net, stats = priors.network, priors.token_stats
-        content = dict(network=net and [str(net), dict(net.state_dict())], stats=stats)
+        net = priors.network
+        net = net and [str(net), dict(net.state_dict())]
+        content = dict(network=net, stats=priors.token_stats)
         return digest([content[name] for name in used])
 
     return (_know(chain, f'priors {used}', find),) if used else ()
@@ -866,6 +857,7 @@ def _read_images(chain: Chain, recipe: Recipe) -> Inverted:
     device = chain.backbone.device
 
     def read(part, n):
+        "Of one set."
         stages = _invert_stages(part, recipe, n)
         return _join([stage.read(part.store, device) for stage in stages])
 
@@ -888,10 +880,10 @@ def _draw_images(part: Chain, recipe: Recipe) -> Tensor:
     settings = apply_recipe(part.settings, recipe)
     n = settings.invert.per_class
     if recipe.pool == 'noise':
-        M, way = _count_loras(part, settings), settings.market.way
+        size = (_count_loras(part, settings), settings.market.way, n)
         side = part.backbone.side
         gen = generator(part.seed, 'noise', part.name)
-        return torch.randint(256, (M, way, n, 3, side, side), generator=gen, dtype=torch.uint8)
+        return torch.randint(256, (*size, 3, side, side), generator=gen, dtype=torch.uint8)
     if isinstance(part.source, Given):
         raise ValueError(
             f"pool={recipe.pool!r} needs the LoRAs' own image sets, which nobody gave; "
@@ -912,8 +904,8 @@ def _make_pool(chain: Chain, recipe: Recipe) -> Pool:
     if recipe.sparsity:
         teachers = chain.market(recipe).lora
         gen = generator(chain.seed, 'patches', chain.name)
-        share, rule = recipe.sparsity, recipe.rule
-        return Pool(images, sparse_patches(chain.backbone, teachers, images, share, gen, rule))
+        given = (teachers, images, recipe.sparsity, gen, recipe.rule)
+        return Pool(images, sparse_patches(chain.backbone, *given))
     return Pool(images, inverted.kept if _keeps_survivors(recipe) else None)
 
 
@@ -1009,7 +1001,7 @@ def _job(chain: Chain, stage: Stage, call: tuple, needs: list[Stage]) -> Job:
     args = (chain.key, *call)
     return Job(stage.key, make_stage, args, tuple(s.key for s in needs), stage.title)
 
-
+# %% ../../nbs/1_method/05_chain.ipynb #47404a4a
 def _part_jobs(chain: Chain, number: int, recipe: Recipe) -> list[tuple[Stage, Job]]:
     "The stages and jobs of one set."
     part = chain.parts[number]
@@ -1027,7 +1019,7 @@ def _part_jobs(chain: Chain, number: int, recipe: Recipe) -> list[tuple[Stage, J
             found.append((stage, _job(chain, stage, call, tuned)))
     return found
 
-
+# %% ../../nbs/1_method/05_chain.ipynb #8d9252fb
 def _list_jobs(chain: Chain, recipes: list[Recipe], shots: list[int]) -> list[Job]:
     "See `Chain.stages`."
     jobs = {}
@@ -1065,7 +1057,7 @@ def _copy(chain: Chain, device: str) -> Chain:
     fresh.__dict__['_digests'] = dict(_known(chain))
     return fresh
 
-
+# %% ../../nbs/1_method/05_chain.ipynb #5a5d1acf
 def make_stage(
     chains: dict,  # key -> `Chain`
     key: str,  # of the chain

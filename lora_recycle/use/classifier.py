@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'CHECKED', 'check_lora', 'PrototypeClassifier', 'new_folder', 'FewShotClassifier', 'inversion_terms',
-           'check_market', 'synthetic_scores', 'RecycleResult', 'recycle', 'recycled_figure', 'save_meta_lora',
-           'load_meta_lora']
+           'check_market', 'Trial', 'synthetic_scores', 'RecycleResult', 'RecycleOptions', 'recycle', 'recycled_figure',
+           'save_meta_lora', 'load_meta_lora']
 
 # %% ../../nbs/2_use/01_classifier.ipynb #c1a55001
 import hashlib
@@ -45,10 +45,11 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from torch import nn
 
-from ..core import Cache, check_choice, generator, plain
-from ..method.chain import SETTINGS
-from ..method.distill import DistillConfig, Pool, distill
-from ..method.inversion import InvertConfig, Priors, invert
+from ..core import Cache, check_choice, plain
+from ..jobs import Executor
+from ..method.chain import SETTINGS, Chain, Given, Machine, Recipe, Settings, compute
+from ..method.distill import DistillConfig
+from ..method.inversion import InvertConfig, Priors
 from ..method.lora import average_products
 from ..method.market import Market
 from ..suite.episodes import draw_episodes
@@ -81,7 +82,7 @@ def check_lora(
         )
     return lora
 
-# %% ../../nbs/2_use/01_classifier.ipynb #97ea7965
+# %% ../../nbs/2_use/01_classifier.ipynb #f9862b54
 def _check_settings(model) -> None:
     "ValueError unless temperature, reject and false_rejects of `model` are legal."
     t = model.temperature
@@ -149,7 +150,7 @@ def _keep_some(rows: np.ndarray) -> np.ndarray:
     kept[order] = np.arange(len(rows)) - starts < KEPT
     return kept
 
-# %% ../../nbs/2_use/01_classifier.ipynb #427e07b0
+# %% ../../nbs/2_use/01_classifier.ipynb #564ed6e2
 def _extend(memory: _Memory, labels: list, features: np.ndarray) -> _Memory:
     "`memory` and the float32 `features` [n,D] of the classes `labels` [n]."
     classes = order_classes(list(dict.fromkeys(memory.classes + labels)))
@@ -179,7 +180,7 @@ def _calibrate(model) -> None:
     model.temperature_ = fit_temperature(distances, truth, model.spread_)
     model.nearest_ = distances.min(1).values.numpy() if len(distances) else np.zeros(0)
 
-# %% ../../nbs/2_use/01_classifier.ipynb #a41d3563
+# %% ../../nbs/2_use/01_classifier.ipynb #daabe6d4
 def _set(model, memory: _Memory):
     "`model` with all that it has learnt."
     model.classes_ = class_array(memory.classes)
@@ -192,7 +193,7 @@ def _set(model, memory: _Memory):
     _calibrate(model)
     return model
 
-# %% ../../nbs/2_use/01_classifier.ipynb #97dc4d9a
+# %% ../../nbs/2_use/01_classifier.ipynb #89cf16f8
 def _learn(model, X, labels, afresh: bool):
     "Learn X by label, beside what is known or `afresh`; nothing is learnt if anything is wrong."
     _check_settings(model)
@@ -216,18 +217,18 @@ def _learn(model, X, labels, afresh: bool):
     memory = _recall(model) if more else _nothing(features.shape[1])
     return _set(model, _extend(memory, labels, features))
 
-# %% ../../nbs/2_use/01_classifier.ipynb #ff158897
-def _distances(model, X):
-    "Squared distances of X to all prototypes, in pieces [<=256,C]; ValueError for no rows."
+# %% ../../nbs/2_use/01_classifier.ipynb #1806b49c
+def _distances(model, X) -> Tensor:
+    "Squared distances [n,C] of X to all prototypes; ValueError for no rows."
     _check_fresh(model)
+    _check_settings(model)
     features = model._features(X, reset=False)
     if not len(features):
         raise ValueError('there are no images: give at least one')
     prototypes = torch.from_numpy(model.prototypes_)
-    for part in features.split(256):
-        yield squared_distances(part, prototypes)
+    return torch.cat([squared_distances(part, prototypes) for part in features.split(256)])
 
-# %% ../../nbs/2_use/01_classifier.ipynb #46717aad
+# %% ../../nbs/2_use/01_classifier.ipynb #0f988476
 class _Learner(ClassifierMixin, BaseEstimator):
     "What `PrototypeClassifier` learns; what it answers is below."
 
@@ -271,15 +272,13 @@ class PrototypeClassifier(_Learner):
 
     def predict_proba(self, X) -> np.ndarray:
         "Probabilities float64 [n,C] of the classes in classes_, none of them being no choice."
-        _check_settings(self)
-        distances = torch.cat(list(_distances(self, X)))
-        t = self.temperature_ if isinstance(self.temperature, str) else self.temperature
+        distances = _distances(self, X)
+        t = self.temperature_ if self.temperature == 'auto' else self.temperature
         return distances.div(-t).softmax(1).numpy()
 
     def predict(self, X) -> np.ndarray:
         "The nearest class for each of X [n], or `reject`; NotFittedError before `fit`."
-        _check_settings(self)
-        nearest, rows = torch.cat(list(_distances(self, X))).min(1)
+        nearest, rows = _distances(self, X).min(1)
         if self.reject is None:
             return self.classes_[rows.numpy()]
         answers = class_array([*self.classes_.tolist(), self.reject])
@@ -289,6 +288,7 @@ class PrototypeClassifier(_Learner):
     def score(self, X, y) -> float:
         "Share of X that get their label; `reject` is the label of what is none of the classes."
         truth = gather_labels(y)
+        check_is_fitted(self)
         check_kinds([t for t in truth if t != self.reject], self.classes_.tolist())
         answers = self.predict(X).tolist()
         if len(answers) != len(truth):
@@ -315,7 +315,7 @@ class _Frozen(PrototypeClassifier):
         tags.input_tags.two_d_array = False
         return tags
 
-# %% ../../nbs/2_use/01_classifier.ipynb #61868cd3
+# %% ../../nbs/2_use/01_classifier.ipynb #c1597487
 class _ImageLearner(_Frozen):
     "`PrototypeClassifier` of images; how it is kept on disk is below."
 
@@ -344,7 +344,7 @@ class _ImageLearner(_Frozen):
         lora = check_lora(self.meta_lora, self.backbone)
         return _embed_images(self.backbone, lora, images, check_int('batch', self.batch, 1))
 
-# %% ../../nbs/2_use/01_classifier.ipynb #1df88427
+# %% ../../nbs/2_use/01_classifier.ipynb #8381cc24
 def _embed_images(backbone: Backbone, lora: LoRA | None, images, batch: int) -> Tensor:
     "Features float32 [n,D_out] of images of any kind, `batch` at once; ValueError names a bad one."
     lora = lora and lora.map(lambda t: t.to(backbone.device))
@@ -360,7 +360,7 @@ def _embed_images(backbone: Backbone, lora: LoRA | None, images, batch: int) -> 
         )
     return torch.cat(parts)
 
-# %% ../../nbs/2_use/01_classifier.ipynb #d3bd2d83
+# %% ../../nbs/2_use/01_classifier.ipynb #aaf89f6f
 def new_folder(
     folder,  # new or empty
     fill,  # function of a path that writes the files there
@@ -417,7 +417,7 @@ def _json_classes(classes: list) -> list:
         ) from err
     return classes
 
-# %% ../../nbs/2_use/01_classifier.ipynb #1d1bae16
+# %% ../../nbs/2_use/01_classifier.ipynb #8807a807
 def _write_classifier(folder: Path, model: 'FewShotClassifier'):
     "The files of `FewShotClassifier.save`; classifier.json is the last."
     tensors = dict(
@@ -445,7 +445,7 @@ def _write_classifier(folder: Path, model: 'FewShotClassifier'):
     content |= dict(environment=environment(model.backbone.device))
     write_json(folder / 'classifier.json', content)
 
-# %% ../../nbs/2_use/01_classifier.ipynb #2c2bcb59
+# %% ../../nbs/2_use/01_classifier.ipynb #558c030f
 def _check_saved(header: dict, n: int, backbone: Backbone, weights: Path) -> None:
     "ValueError unless the `header` of the file `weights` is that of a classifier of `n` classes."
     shapes = {k: shape for k, (_, shape) in header.items()}
@@ -461,7 +461,7 @@ def _check_saved(header: dict, n: int, backbone: Backbone, weights: Path) -> Non
             f'[m,{D}], rows I64 [m], and A, B of a LoRA are expected'
         )
 
-# %% ../../nbs/2_use/01_classifier.ipynb #2bb9cf3c
+# %% ../../nbs/2_use/01_classifier.ipynb #ea1447dc
 def _check_classifier(found: dict, path: Path) -> list:
     "The classes in the content `found` of classifier.json; ValueError for anything unsound."
     if found.get('format') not in _FORMATS:
@@ -477,7 +477,7 @@ def _check_classifier(found: dict, path: Path) -> list:
         raise ValueError(f'{path} has no temperature')
     return classes
 
-# %% ../../nbs/2_use/01_classifier.ipynb #a15f17e2
+# %% ../../nbs/2_use/01_classifier.ipynb #f238619f
 def _read_classifier(folder: Path, backbone: Backbone, limits: Limits) -> tuple[dict, dict]:
     "What `_write_classifier` wrote, checked: classifier.json and the tensors; ValueError."
     path = folder / 'classifier.json'
@@ -507,7 +507,7 @@ def _saved_lora(found: dict, tensors: dict, path: Path) -> LoRA | None:
         raise ValueError(f'{path} has targets {targets!r:.60}; a list is expected')
     return LoRA(tensors['A'], tensors['B'], targets=check_targets(tuple(targets)))
 
-# %% ../../nbs/2_use/01_classifier.ipynb #b18c8ee4
+# %% ../../nbs/2_use/01_classifier.ipynb #49d9b76e
 class FewShotClassifier(_ImageLearner):
     """`PrototypeClassifier` of images on `backbone` + `meta_lora` (None: the plain backbone).
 
@@ -539,45 +539,66 @@ class FewShotClassifier(_ImageLearner):
         return _set(model, _Memory(found['classes'], sums, counts, *features))
 
 # %% ../../nbs/2_use/01_classifier.ipynb #008d0978
-def inversion_terms(
-    backbone: Backbone,
-    config: InvertConfig,
-    prior: nn.Module | None = None,
-    stats: Tensor | None = None,
-):
-    """The config, prior network and token statistics with which `backbone` can be inverted, and a list of notes.
+def _shipped_terms(backbone: Backbone, prior, stats) -> tuple:
+    "Prior and statistics, what is None from the package if `backbone` is the miniature."
+    shipped = backbone.name == 'miniature' and backbone.digest == load_miniature().digest
+    if not shipped:
+        return prior, stats
+    prior = load_prior() if prior is None else prior
+    return prior, load_token_stats() if stats is None else stats
 
-    What is None is taken from the package if `backbone` is the miniature; else its term is switched off, with a warning and a note. ValueError for stats of the wrong shape."""
-    notes, shape = [], (backbone.layers, 2, backbone.n_patches + 1, backbone.width)
-    if (
-        backbone.name == 'miniature'
-        and (prior is None or stats is None)
-        and backbone.digest == load_miniature().digest
-    ):
-        prior, stats = (
-            load_prior() if prior is None else prior,
-            load_token_stats() if stats is None else stats,
-        )
+
+def _check_stats(stats: Tensor | None, backbone: Backbone):
+    "ValueError unless token statistics have the backbone's shape."
+    shape = (backbone.layers, 2, backbone.n_patches + 1, backbone.width)
     if stats is not None and tuple(stats.shape) != shape:
         raise ValueError(
             f'stats {list(stats.shape)} do not fit {backbone.name}: they must be {list(shape)}'
         )
+
+# %% ../../nbs/2_use/01_classifier.ipynb #d313fae6
+def inversion_terms(
+    backbone: Backbone,  # that is inverted
+    config: InvertConfig,  # whose priors may be missing
+    prior: nn.Module | None = None,  # network of R_BN; None: the miniature's, if it is that
+    stats: Tensor | None = None,  # of public tokens [L,2,N,D]; None: the miniature's
+) -> tuple:  # config, prior, stats, list of notes
+    "With what `backbone` can be inverted; a term that lacks its prior is switched off."
+    notes = []
+    prior, stats = _shipped_terms(backbone, prior, stats)
+    _check_stats(stats, backbone)
     for name, weight, given in (('prior', 'alpha_bn', prior), ('stats', 'alpha_tokens', stats)):
         if given is None and getattr(config, weight):
-            notes.append(
-                f'{weight} was set to 0: there is no {name} for {backbone.name}, so the images are less natural; pass {name}='
-            )
+            note = f'{weight} was set to 0: there is no {name} for {backbone.name}, '
+            notes.append(f'{note}so the images are less natural; pass {name}=')
             warnings.warn(notes[-1], stacklevel=3)
             config = replace(config, **{weight: 0.0})
-    return config, *(x if x is None else x.to(backbone.device) for x in (prior, stats)), notes
+    device = backbone.device
+    prior, stats = (x if x is None else x.to(device) for x in (prior, stats))
+    return config, prior, stats, notes
 
+# %% ../../nbs/2_use/01_classifier.ipynb #7097acd3
+def _check_heads(lora: LoRA, backbone: Backbone):
+    "ValueError unless the heads of M LoRAs fit the backbone."
+    W = list(lora.W.shape)
+    fits = W[:2] == [lora.size, backbone.out_dim] and list(lora.b.shape) == [W[0], W[2]]
+    if not fits or W[2] < 2:
+        raise ValueError(
+            f'heads W {W}, b {list(lora.b.shape)} do not fit: '
+            f'[{lora.size},{backbone.out_dim},C], [{lora.size},C], C >= 2'
+        )
 
-def check_market(market: LoRA | Market, backbone: Backbone) -> LoRA:
-    "The LoRAs [M,...] of `market` if they have heads, are finite, and fit `backbone`; else ValueError."
+# %% ../../nbs/2_use/01_classifier.ipynb #ffa392b9
+def check_market(
+    market: LoRA | Market,  # from `read_market`, or tuned here
+    backbone: Backbone,  # which it must fit
+) -> LoRA:  # M with heads
+    "The LoRAs of `market` if they have heads, are finite, and fit `backbone`."
     lora = market.lora if isinstance(market, Market) else market
     if not isinstance(lora, LoRA):
+        kind = type(lora).__name__
         raise ValueError(
-            f'market is a {type(lora).__name__}, not LoRAs; exchange.read_market reads them from a folder'
+            f'market is a {kind}, not LoRAs; exchange.read_market reads them from a folder'
         )
     if lora.size is None:
         raise ValueError('market is a single LoRA; make a market of it: stack_loras([lora])')
@@ -585,288 +606,210 @@ def check_market(market: LoRA | Market, backbone: Backbone) -> LoRA:
         raise ValueError('the market has no heads, which inversion needs; read it with head="need"')
     if not lora.size:
         raise ValueError('market is empty; it needs at least one LoRA')
-    check_lora(LoRA(lora.A[0], lora.B[0]), backbone)
-    if (
-        lora.W.shape[:2] != (lora.size, backbone.out_dim)
-        or lora.b.shape != (lora.size, lora.W.shape[2])
-        or lora.W.shape[2] < 2
-    ):
-        raise ValueError(
-            f'heads W {list(lora.W.shape)}, b {list(lora.b.shape)} do not fit: [{lora.size},{backbone.out_dim},C], [{lora.size},C], C >= 2'
-        )
+    check_lora(replace(lora[0], W=None, b=None), backbone)
+    _check_heads(lora, backbone)
     if not all(t.isfinite().all() for t in lora.tensors().values()):
         raise ValueError('the market holds NaN or infinity')
     return lora
 
 # %% ../../nbs/2_use/01_classifier.ipynb #63b653e2
-def synthetic_scores(
-    backbone: Backbone,
-    loras: dict[str, LoRA | None],
-    images: Tensor,
-    way: int = 5,
-    shot: int = 1,
-    n_tasks: int = 200,
-    seed: int = 0,
-) -> list[dict]:
-    "Accuracy (percent, with ci95 over episodes) of nearest prototype with each LoRA by name, on the same episodes from images uint8 [M,way,n,3,H,W]; n > shot."
+@dataclass(frozen=True)
+class Trial:
+    "Few-shot episodes of synthetic images: how many, and of which size."
+
+    way: int = 5
+    shot: int = 1
+    n_tasks: int = 200
+    seed: int = 0
+
+
+def _synthetic_set(images: Tensor) -> ImageSet:
+    "Images uint8 [M,way,n,3,H,W] as a set of M*way classes, all for testing."
     M, ways, n = images.shape[:3]
     labels = torch.arange(M * ways).repeat_interleave(n)
-    data = ImageSet(
-        'held-out inverted images',
-        images.flatten(0, 2),
-        labels,
-        tuple(map(str, range(M * ways))),
-        dict(train=(), val=(), test=tuple(range(M * ways))),
-    )
-    check_int('shot', shot, 1, n - 1)
-    episodes, scores = draw_episodes(data, 'test', n_tasks, way, shot, n - shot, seed), []
+    names = tuple(map(str, range(M * ways)))
+    splits = dict(train=(), val=(), test=tuple(range(M * ways)))
+    return ImageSet('held-out inverted images', images.flatten(0, 2), labels, names, splits)
+
+# %% ../../nbs/2_use/01_classifier.ipynb #4e5b3329
+def synthetic_scores(
+    backbone: Backbone,  # frozen
+    loras: dict,  # name -> LoRA, or None for the plain backbone
+    images: Tensor,  # uint8 [M,way,n,3,H,W], n > shot
+    trial: Trial = Trial(),  # size and number of the episodes
+) -> list[dict]:  # method, set, way, shot, n_tasks, accuracy and ci95 in percent
+    "Accuracy of nearest prototype with each LoRA, on the same episodes."
+    data = _synthetic_set(images)
+    n_query = images.shape[2] - check_int('shot', trial.shot, 1, images.shape[2] - 1)
+    size = (trial.n_tasks, trial.way, trial.shot, n_query)
+    episodes = draw_episodes(data, 'test', *size, trial.seed)
+    scores = []
     for name, lora in loras.items():
-        right = right_answers(
-            nearest_prototype(
-                embed(backbone, data.images, lora and lora.map(lambda t: t.to(backbone.device))),
-                episodes,
-            )
-        )
-        mean, half = interval(100 * right / (way * (n - shot)))
-        scores.append(
-            dict(
-                method=name,
-                set=data.name,
-                way=way,
-                shot=shot,
-                n_tasks=n_tasks,
-                accuracy=round(mean, 2),
-                ci95=round(half, 2),
-            )
-        )
+        lora = lora and lora.map(lambda t: t.to(backbone.device))
+        guess = nearest_prototype(embed(backbone, data.images, lora), episodes)
+        mean, half = interval(100 * right_answers(guess) / (trial.way * n_query))
+        same = dict(method=name, set=data.name, way=trial.way, shot=trial.shot)
+        numbers = dict(accuracy=round(mean, 2), ci95=round(half, 2))
+        scores.append(dict(same, n_tasks=trial.n_tasks, **numbers))
     return scores
 
 # %% ../../nbs/2_use/01_classifier.ipynb #4b811517
 @dataclass(frozen=True)
 class RecycleResult:
-    """What `recycle` made: the meta-LoRA; images uint8 [M,way,n,3,H,W] that it was trained on and held [M,way,h,3,H,W] that it was not; curve [steps,4] (see
-    `distill`); report, ready for JSON: market, backbone, seed, shot, configs, teacher_accuracy [M] (share of inverted images), scores, notes, environment."""
+    "What `recycle` made."
 
-    lora: LoRA
-    images: Tensor
-    held: Tensor
-    curve: Tensor
-    report: dict
-
-
-_DRAWN = "the settings were chosen on drawn letters (two colours an image, few steps); for photos give invert_config: InvertConfig() has the paper's defaults"
+    lora: LoRA  # the meta-LoRA
+    images: Tensor  # that it was trained on, uint8 [M,way,n,3,H,W]
+    held: Tensor  # that it was not trained on, uint8 [M,way,h,3,H,W]
+    curve: Tensor  # [steps,4], see `meta_train`
+    report: dict  # what it was made from and what it scores, ready for JSON
 
 
-def _settings(
-    market: LoRA,
-    scale: str,
-    shot: int,
-    invert_config: InvertConfig | None,
-    distill_config: DistillConfig | None,
-) -> tuple[InvertConfig, DistillConfig]:
-    "Both configs, given or from the scale: `shot` as asked, no more ways than the heads have, enough images. ValueError if given ones do not agree."
-    known = SETTINGS[check_choice('scale', scale, SETTINGS)]
-    d = replace(
-        distill_config or replace(known.distill, way=min(known.distill.way, market.W.shape[2])),
-        shot=check_int('shot', shot, 1),
-    )
-    need = d.shot + d.n_query
-    i = invert_config or replace(known.invert, per_class=max(known.invert.per_class, need))
-    if i.per_class < need:
+@dataclass(frozen=True)
+class RecycleOptions:
+    "What `recycle` can be told besides its settings."
+
+    invert_config: InvertConfig | None = None  # None: that of the settings
+    distill_config: DistillConfig | None = None  # None: that of the settings
+    prior: nn.Module | None = None  # see `inversion_terms`
+    stats: Tensor | None = None  # see `inversion_terms`
+    cache_dir: str | None = None  # where finished parts are kept: a stopped run goes on
+    chunk: int = 4  # LoRAs inverted at once: what a stopped run may lose
+    held_out: int | None = None  # images a class for the report alone; None: shot + 3
+    n_tasks: int = 200  # synthetic episodes of the report
+    executor: Executor = Executor()  # where the parts are computed
+
+# %% ../../nbs/2_use/01_classifier.ipynb #55919ba8
+_DRAWN = (
+    'the settings were chosen on drawn letters (two colours an image, few steps); '
+    "for photos give invert_config: InvertConfig() has the paper's defaults"
+)
+
+
+def _fit_settings(market: LoRA, settings, shot: int, options: RecycleOptions) -> Settings:
+    "The settings for this market: no more ways than its heads have, enough images a class."
+    if isinstance(settings, str):
+        settings = SETTINGS[check_choice('settings', settings, SETTINGS)]
+    ways = market.W.shape[2]
+    known = replace(settings.distill, way=min(settings.distill.way, ways))
+    distill = replace(options.distill_config or known, shot=check_int('shot', shot, 1))
+    need = distill.shot + distill.n_query
+    known = replace(settings.invert, per_class=max(settings.invert.per_class, need))
+    invert = options.invert_config or known
+    if invert.per_class < need:
         raise ValueError(
-            f'invert_config.per_class={i.per_class} is below shot + n_query = {need} of meta-training; raise it'
+            f'invert_config.per_class={invert.per_class} is below shot + n_query = {need} '
+            'of meta-training; raise it'
         )
-    if d.way > market.W.shape[2]:
-        raise ValueError(
-            f'distill_config.way={d.way} exceeds the {market.W.shape[2]} classes of a head'
-        )
-    return i, d
+    if distill.way > ways:
+        raise ValueError(f'distill_config.way={distill.way} exceeds the {ways} classes of a head')
+    return replace(settings, invert=invert, distill=distill)
 
+# %% ../../nbs/2_use/01_classifier.ipynb #b482ccb2
+def _make_chains(
+    backbone: Backbone, market: LoRA, settings: Settings, seed: int, options: RecycleOptions
+) -> tuple:
+    "The chain, one whose images are held out for the report, the recipe, and notes."
+    terms = inversion_terms(backbone, settings.invert, options.prior, options.stats)
+    invert, prior, stats, notes = terms
+    settings = replace(settings, invert=invert)
+    recipe = Recipe(settings.distill.start, plan=invert.plan, drop=invert.drop, rule=invert.rule)
+    store = None if options.cache_dir is None else Cache(options.cache_dir)
+    machine = Machine(chunk=options.chunk, executor=options.executor)
+    given = Given(market, Priors(prior, stats))
+    chain = Chain(backbone, given, settings, seed, store, machine)
+    least = settings.distill.shot + 1
+    held = least + 2 if options.held_out is None else options.held_out
+    fewer = replace(invert, per_class=check_int('held_out', held, least))
+    source = Given(market, Priors(prior, stats), 'held out')
+    settings = replace(settings, invert=fewer)
+    return chain, replace(chain, source=source, settings=settings, store=chain.store), recipe, notes
 
-def _inverted(
-    backbone: Backbone,
-    market: LoRA,
-    config: InvertConfig,
-    prior,
-    stats,
-    seed: int,
-    chunk: int,
-    keep,
-) -> dict[str, Tensor]:
-    "`vars(Inverted)` of the whole market, `chunk` LoRAs at a time, each kept by `keep(kind, key, make)`."
-    parts = []
-    prior_name = (
-        prior is not None and config.alpha_bn and digest(str(prior), dict(prior.state_dict()))
+# %% ../../nbs/2_use/01_classifier.ipynb #d316afcd
+def _report(chain: Chain, held: Chain, teacher_accuracy: Tensor, notes: list[str]) -> dict:
+    "What a meta-LoRA was made from."
+    market = chain.source.market.lora
+    size = dict(loras=market.size, rank=market.rank, classes=market.W.shape[2])
+    return dict(
+        market=dict(digest=digest(market.tensors()), **size),
+        backbone=dict(name=chain.backbone.name, digest=chain.backbone.digest),
+        seed=chain.seed,
+        shot=chain.settings.distill.shot,
+        invert=plain(chain.settings.invert),
+        distill=plain(chain.settings.distill),
+        held_out=held.settings.invert.per_class,
+        teacher_accuracy=teacher_accuracy.tolist(),
+        notes=notes,
+        environment=environment(chain.backbone.device),
     )
-    key = dict(
-        backbone=backbone.digest,
-        config=config,
-        prior=prior_name,
-        stats=stats is not None and config.alpha_tokens and digest(stats),
-        seed=seed,
-    )
-    for first in tqdm(
-        range(0, market.size, check_int('chunk', chunk, 1)), desc='recycle: invert', leave=False
-    ):
-        lora = market[first : first + chunk]
-        make = lambda: vars(
-            invert(
-                backbone,
-                lora,
-                config,
-                generator(seed, 'recycle', 'invert', first),
-                Priors(prior, stats),
-            )
-        )
-        parts.append(keep('inverted', dict(key, lora=digest(lora.tensors()), first=first), make))
-    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-
-
-def _meta_trained(
-    backbone: Backbone,
-    market: LoRA,
-    images: Tensor,
-    config: DistillConfig,
-    kept: Tensor | None,
-    seed: int,
-    keep,
-) -> dict[str, Tensor]:
-    "A, B and curve of the meta-LoRA from `images`, kept by `keep(kind, key, make)`."
-
-    def make():
-        lora, curve = distill(
-            backbone, market, Pool(images, kept), config, generator(seed, 'recycle', 'distill')
-        )
-        return dict(A=lora.A, B=lora.B, curve=curve)
-
-    key = dict(
-        backbone=backbone.digest,
-        market=digest(market.tensors()),
-        images=digest(images),
-        kept=kept is not None and digest(kept),
-        config=config,
-        seed=seed,
-    )
-    return keep('meta', key, make)
 
 # %% ../../nbs/2_use/01_classifier.ipynb #75b3c01e
 def recycle(
-    backbone: Backbone,
-    market: LoRA | Market,
-    *,
-    shot: int = 1,
-    seed: int = 0,
-    scale: str = 'embedded',
-    invert_config: InvertConfig | None = None,
-    distill_config: DistillConfig | None = None,
-    prior: nn.Module | None = None,
-    stats: Tensor | None = None,
-    cache_dir=None,
-    chunk: int = 4,
-    held_out: int | None = None,
-    n_tasks: int = 200,
+    backbone: Backbone,  # frozen
+    market: LoRA | Market,  # M LoRAs with heads; no image is needed
+    settings: Settings | str = 'embedded',  # or 'smoke' for a look
+    shot: int = 1,  # images a class that the meta-LoRA is for
+    seed: int = 0,  # of all that is drawn
+    **options,  # fields of `RecycleOptions`
 ) -> RecycleResult:
-    """Make one meta-LoRA for `shot` images a class out of the LoRAs with heads in `market`; no real image is needed (Sec. 4).
-
-    scale: the settings, 'embedded' or 'smoke' for a look; configs override them. prior, stats: see `inversion_terms`. cache_dir: folder in which finished parts are
-    kept, so that a run goes on where it was stopped, at most `chunk` LoRAs behind. held_out: inverted images a class for the report (None: shot + 3). ValueError."""
-    drawn = backbone.name != 'miniature' and invert_config is None
-    market, held = (
-        check_market(market, backbone),
-        check_int('held_out', shot + 3 if held_out is None else held_out, shot + 1),
-    )
-    invert_config, distill_config = _settings(market, scale, shot, invert_config, distill_config)
-    n, (invert_config, prior, stats, notes) = (
-        invert_config.per_class,
-        inversion_terms(backbone, invert_config, prior, stats),
-    )
+    "Make one meta-LoRA out of the LoRAs in `market` (Sec. 4)."
+    options = RecycleOptions(**options)
+    market = check_market(market, backbone)
+    drawn = backbone.name != 'miniature' and options.invert_config is None
+    settings = _fit_settings(market, settings, shot, options)
+    chain, held, recipe, notes = _make_chains(backbone, market, settings, seed, options)
     if drawn:
         notes.append(_DRAWN)
         warnings.warn(_DRAWN, stacklevel=2)
-    keep = (lambda kind, key, make: make()) if cache_dir is None else Cache(cache_dir).get
-    found = _inverted(
-        backbone,
-        market,
-        replace(invert_config, per_class=n + held),
-        prior,
-        stats,
-        seed,
-        chunk,
-        keep,
-    )
-    images, rest, kept = (
-        found['images'][:, :, :n],
-        found['images'][:, :, n:],
-        found['kept'][:, :, :n] if invert_config.plan else None,
-    )
-    t = _meta_trained(backbone, market, images, distill_config, kept, seed, keep)
-    lora, loras = (
-        LoRA(t['A'], t['B']),
-        {
-            'plain backbone': None,
-            'average of the LoRAs': average_products(LoRA(market.A, market.B)),
-        },
-    )
-    scores = synthetic_scores(
-        backbone, loras | {'meta-LoRA': lora}, rest, distill_config.way, shot, n_tasks, seed
-    )
-    report = dict(
-        market=dict(
-            digest=digest(market.tensors()),
-            loras=market.size,
-            rank=market.rank,
-            classes=market.W.shape[2],
-        ),
-        backbone=dict(name=backbone.name, digest=backbone.digest),
-        seed=seed,
-        shot=shot,
-        invert=plain(invert_config),
-        distill=plain(distill_config),
-        held_out=held,
-        teacher_accuracy=found['accuracy'].tolist(),
-        scores=scores,
-        notes=notes,
-        environment=environment(backbone.device),
-    )
-    return RecycleResult(lora, images, rest, t['curve'], report)
+    jobs = chain.stages([recipe], [shot]) + held.stages([recipe], [])
+    compute([chain, held], jobs, 'recycle')
+    meta = chain.meta(recipe, shot)
+    average = average_products(replace(market, W=None, b=None))
+    loras = {'plain backbone': None, 'average of the LoRAs': average, 'meta-LoRA': meta.lora}
+    trial = Trial(settings.distill.way, shot, options.n_tasks, seed)
+    rest = held.images(recipe).images
+    inverted = chain.images(recipe)
+    report = _report(chain, held, inverted.accuracy, notes)
+    report['scores'] = synthetic_scores(backbone, loras, rest, trial)
+    return RecycleResult(meta.lora, inverted.images, rest, meta.curve, report)
 
 # %% ../../nbs/2_use/01_classifier.ipynb #72751a05
-def recycled_figure(recycled: RecycleResult, loras: int = 4, each: int = 2) -> Figure:
-    "Inverted images of the first `loras` LoRAs (a row each, `each` a class), the curve of meta-training, and the accuracy on held-out synthetic episodes."
-    fig, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(11, 2.6), gridspec_kw=dict(width_ratios=(4, 3, 3))
-    )
-    tiles = recycled.images[:loras, :, :each].permute(
-        0, 4, 1, 2, 5, 3
-    )  # LoRA, row, class, image, column, channel
-    left.imshow(tiles.flatten(2, 4).flatten(0, 1).numpy(), interpolation='nearest')
-    left.axis('off')
-    left.set_title(
-        f'inverted images; teachers know {100 * np.mean(recycled.report["teacher_accuracy"]):.0f} % of all',
-        fontsize=8,
-    )
-    window = min(20, 1 + len(recycled.curve) // 4)
-    mean = 100 * recycled.curve[:, 3].unfold(0, window, 1).mean(1)
-    middle.plot(range(window - 1, window - 1 + len(mean)), mean, marker='.')
-    middle.set(
-        xlabel='meta-training step',
-        ylabel='query accuracy, %',
-        title=f'meta-training (mean of {window} steps)',
-    )
+def _draw_images(ax, recycled: RecycleResult, loras: int, each: int):
+    "Inverted images: a row for each LoRA, `each` of a class."
+    tiles = recycled.images[:loras, :, :each]
+    tiles = tiles.permute(0, 4, 1, 2, 5, 3)  # LoRA, row, class, image, column, channel
+    ax.imshow(tiles.flatten(2, 4).flatten(0, 1).numpy(), interpolation='nearest')
+    ax.axis('off')
+    known = 100 * np.mean(recycled.report['teacher_accuracy'])
+    ax.set_title(f'inverted images; teachers know {known:.0f} % of all', fontsize=8)
+
+
+def _draw_curve(ax, curve: Tensor):
+    "Accuracy on the queries of meta-training, a moving mean."
+    window = min(20, 1 + len(curve) // 4)
+    mean = 100 * curve[:, 3].unfold(0, window, 1).mean(1)
+    ax.plot(range(window - 1, window - 1 + len(mean)), mean, marker='.')
+    ax.set(xlabel='meta-training step', ylabel='query accuracy, %')
+    ax.set_title(f'meta-training (mean of {window} steps)', fontsize=8)
+
+# %% ../../nbs/2_use/01_classifier.ipynb #84dbb8ae
+def recycled_figure(
+    recycled: RecycleResult,  # of `recycle`
+    loras: int = 4,  # of how many images are shown
+    each: int = 2,  # images a class
+) -> Figure:
+    "Inverted images, the curve of meta-training, accuracy on synthetic episodes."
+    widths = dict(width_ratios=(4, 3, 3))
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 2.6), gridspec_kw=widths)
+    _draw_images(left, recycled, loras, each)
+    _draw_curve(middle, recycled.curve)
     scores = recycled.report['scores']
-    right.barh(
-        [s['method'] for s in scores],
-        [s['accuracy'] for s in scores],
-        xerr=[s['ci95'] for s in scores],
-        color='C0',
-    )
+    names, values, halves = ([s[k] for s in scores] for k in ('method', 'accuracy', 'ci95'))
+    right.barh(names, values, xerr=halves, color='C0')
     right.invert_yaxis()
-    right.set(
-        xlabel='accuracy, %',
-        title=f'held-out synthetic {scores[0]["way"]}-way {scores[0]["shot"]}-shot',
-    )
-    for ax in (middle, right):
-        ax.title.set_size(8)
+    right.set(xlabel='accuracy, %')
+    task = f'{scores[0]["way"]}-way {scores[0]["shot"]}-shot'
+    right.set_title(f'held-out synthetic {task}', fontsize=8)
     fig.tight_layout()
     return fig
 
@@ -904,7 +847,7 @@ def _describe(report: dict) -> dict:
         'scores': ours,
     }
 
-# %% ../../nbs/2_use/01_classifier.ipynb #ef6b5007
+# %% ../../nbs/2_use/01_classifier.ipynb #9ba366b4
 def _record(path: Path) -> dict:
     "Size and sha256 of the file `path`."
     data = path.read_bytes()
@@ -933,7 +876,7 @@ def save_meta_lora(
 
     return read_json(new_folder(folder, fill) / _META, _LIMITS)
 
-# %% ../../nbs/2_use/01_classifier.ipynb #97676be7
+# %% ../../nbs/2_use/01_classifier.ipynb #62eabe22
 def load_meta_lora(
     folder,  # that `save_meta_lora` wrote
     backbone: Backbone,  # that it was made for
