@@ -73,6 +73,7 @@ class Scale:
     "All sizes of a table: of the chain, of the test, of the rivals."
 
     chain: Settings
+    suite: str = 'glyphs'  # of sets and backbones: 'glyphs', 'photos', 'paper'; see `tables`
     n_tasks: int = 600  # test episodes of a cell
     n_tuned: int = 24  # of methods that pay for each episode: the first ones
     shots: tuple = (1, 5)
@@ -103,8 +104,11 @@ SCALES = {
         machine=Machine(chunk=2),
     ),
     'embedded': Scale(SETTINGS['embedded']),
+    'photos': Scale(SETTINGS['photos'], suite='photos'),
+    'photos-quick': Scale(SETTINGS['photos-quick'], suite='photos', machine=Machine(chunk=2)),
     'paper': Scale(
         SETTINGS['paper'],
+        suite='paper',
         n_tuned=600,
         n_val=20,
         machine=Machine(chunk=1, rounds=4, tune_chunk=1),
@@ -159,7 +163,7 @@ class Method:
     family: str  # 'fine-tuning', 'tuning-free' or 'zero-shot'
     predict: Callable[[Chain, Exam], Tensor]  # predicted class of each query [T,way,n_query]
     needs: frozenset = frozenset()  # of `NEEDS`
-    needs_on_disk: frozenset = frozenset()  # more of them, where there is no public set
+    needs_without: frozenset = frozenset()  # more of them, where there are no public images
     per_episode: bool = False  # pays for every episode: fewer of them
     learns: str = ''  # 'head', 'lora', 'wide lora' (of a whole market), 'weights' or 'backbone'
     plain: bool = False  # reads the features of the plain backbone, which all such methods share
@@ -175,10 +179,10 @@ class Method:
 # %% ../../nbs/5_bench/03_methods.ipynb #b16a09e4
 def list_needs(
     method: Method,  # of `METHODS`
-    on_disk: bool,  # at a scale that reads files
+    public: bool,  # at a scale with public images, see `Settings`
 ) -> frozenset:  # of `NEEDS`
     "What a method needs at a scale."
-    return method.needs | (method.needs_on_disk if on_disk else frozenset())
+    return method.needs | (frozenset() if public else method.needs_without)
 
 # %% ../../nbs/5_bench/03_methods.ipynb #26b0961e
 def _digest_images(data: ImageSet) -> str:
@@ -266,17 +270,17 @@ def predict_average(
 # %% ../../nbs/5_bench/03_methods.ipynb #cd3acae2
 def _caml_start(chain: Chain, config: CamlConfig, pool: str) -> nn.Module | None:
     "What CAML learns on from: nothing, or CAML as trained on public images."
-    fresh = pool == 'public' or chain.settings.on_disk
+    fresh = pool == 'public' or not chain.settings.public
     return None if fresh else load_caml(chain, config, 'public')
 
 
 def load_caml(
     chain: Chain,  # stages, store, backbone
     config: CamlConfig,  # size and training
-    pool: str,  # 'public' (base glyphs), or as in `Recipe`; on disk 'public' means 'inverted'
+    pool: str,  # 'public' (base glyphs), or as in `Recipe`; without them it means 'inverted'
 ) -> nn.Module:  # frozen
     "CAML's model on plain features, trained unless it is in the store."
-    if pool == 'public' and chain.settings.on_disk:
+    if pool == 'public' and not chain.settings.public:
         pool = 'inverted'
     public = pool == 'public'
     start = _caml_start(chain, config, pool)
@@ -600,7 +604,7 @@ _FREE = (
         needs=LORAS,
         **_RIVAL,
     ),
-    Method('caml', 'CAML', needs_on_disk=IMAGES, **_caml_on('public'), **_PLAIN),
+    Method('caml', 'CAML', needs_without=IMAGES, **_caml_on('public'), **_PLAIN),
     Method(
         'caml-inverted', 'CAML, inverted images', needs=IMAGES, **_caml_on('inverted'), **_PLAIN
     ),

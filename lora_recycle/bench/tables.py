@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TASK_METHODS', 'BOTH', 'FINE_TUNED', 'SWITCHES', 'TUNING_FREE', 'LEVELS', 'BOUND_IDS', 'QUICK', 'TABLES',
-           'SELECTIONS', 'AT_PAPER_SCALE', 'PAPER_BACKBONES', 'Table', 'Scene', 'task_step', 'TaskStudy',
-           'measure_tasks', 'choose_cost_size', 'price_table', 'pair_images', 'draw_images', 'draw_curves',
+           'SELECTIONS', 'AT_PAPER_SCALE', 'PAPER_BACKBONES', 'AT_PHOTO_SCALE', 'SUITES', 'Table', 'Scene', 'task_step',
+           'TaskStudy', 'measure_tasks', 'choose_cost_size', 'price_table', 'pair_images', 'draw_images', 'draw_curves',
            'mask_images', 'plan_images', 'find_cost', 'name_saving', 'list_points', 'draw_tradeoff', 'draw_plans',
            'draw_masks', 'draw_growth', 'draw_rates', 'score_teacher', 'patch_rows', 'answer_every_class',
            'every_class_rows', 'list_own_columns', 'list_shared_columns', 'make_domain_table', 'make_ablation',
@@ -90,7 +90,7 @@ from ..rivals.finetune import TuneConfig, tune_full, tune_lora
 from ..suite.episodes import Episodes, draw_episodes
 from ..suite.evaluate import embed, interval, nearest_prototype
 from ..suite.images import CROSS_DOMAIN, IN_DOMAIN
-from ..suite.miniature import MINIATURES
+from ..suite.miniature import MINIATURES, PHOTO
 
 # %% ../../nbs/5_bench/04_tables.ipynb #e9e15100
 @dataclass(frozen=True)
@@ -740,22 +740,38 @@ AT_PAPER_SCALE = dict(
     digits='crop_diseases',
 )
 PAPER_BACKBONES = {'miniature': 'ViT-B-16', 'miniature-12': 'ViT-B-32', 'miniature-plain': 'DeiT-B'}
+AT_PHOTO_SCALE = dict(
+    cyrillic='gtsrb',
+    greek='caltech101',
+    armenian='tiny-imagenet',
+    math='omniglot',
+    hebrew='pacs-photo',
+    arabic='pacs-art',
+    georgian='pacs-cartoon',
+    digits='pacs-sketch',
+)
+SUITES = dict(
+    paper=AT_PAPER_SCALE | PAPER_BACKBONES,
+    photos=AT_PHOTO_SCALE | dict.fromkeys(PAPER_BACKBONES, PHOTO),
+)  # what stands for an embedded set or backbone
 
 
 def table_at(
     table: str,  # id
     scale: Scale,  # all sizes
 ) -> Table:
-    "The table at a scale: on disk with the paper's sets, backbones and plans."
+    "The table at a scale: with the sets and backbones of its suite, the paper's with its plans."
     chosen = TABLES[check_choice('table', table, TABLES)]
-    if not scale.chain.on_disk:
+    if scale.suite == 'glyphs':
         return chosen
-    chosen = chosen.deep or chosen
+    if scale.suite == 'paper':
+        chosen = chosen.deep or chosen
+    place = SUITES[scale.suite]
     columns = tuple(
-        (tuple(AT_PAPER_SCALE[s] for s in sources), AT_PAPER_SCALE[target])
+        (tuple(place[s] for s in sources), place[target])
         for sources, target in chosen.columns
     )
-    backbones = tuple(PAPER_BACKBONES[b] for b in chosen.backbones)
+    backbones = tuple(dict.fromkeys(place[b] for b in chosen.backbones))
     return replace(chosen, columns=columns, backbones=backbones)
 
 # %% ../../nbs/5_bench/04_tables.ipynb #a0c0e0be
@@ -861,7 +877,7 @@ def _list_stage_jobs(cell: Cell) -> list[Job]:
     if method.recipe is not None:
         recipe = fit_recipe(method.recipe, chain.backbone.layers, cell.scale.large)
         return chain.stages([recipe], [cell.shot])
-    needs = list_needs(method, chain.settings.on_disk)
+    needs = list_needs(method, chain.settings.public)
     if 'images' in needs:
         return chain.stages([Recipe()], [])
     return chain.stages([_LORAS_ALONE], []) if 'market' in needs else []

@@ -89,11 +89,16 @@ class Settings:
     distill: DistillConfig
     per_class: int = 0  # images of a class in an image set; 0: all
     prior: str = 'miniature'  # the network of R_BN: one that ships, or torchvision's ResNet-50
-    on_disk: bool = False  # image sets from files, not the embedded ones
+    on_disk: bool = False  # the paper's data sets and checkpoints from files, not what ships
 
     def __post_init__(self):
         check_choice('prior', self.prior, PRIORS)
         check_int('per_class', self.per_class, 0)
+
+    @property
+    def public(self) -> bool:
+        "Whether there are public images that rivals may learn on: base glyphs, for glyphs."
+        return self.prior == 'miniature'
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,6 @@ _GLYPHS = DistillConfig(
 _PHOTOS = dict(
     per_class=40,
     prior='mobilenet',
-    on_disk=True,
     market=MarketConfig(n_loras=12, steps=60, batch=40, lr=3e-3),
     invert=InvertConfig(
         steps=150,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'Model', 'expected_shapes', 'check_keys', 'backbone_from_weights', 'random_weights', 'Checkpoint',
            'read_checkpoint', 'published', 'half_precise', 'check_backbone', 'load_backbone', 'encode_texts',
-           'image_side', 'stem_flops_g', 'model_table']
+           'image_side', 'find_shape', 'stem_flops_g', 'model_table']
 
 # %% ../../nbs/6_paper/01_models.ipynb #d27d9af9
 import hashlib
@@ -700,10 +700,23 @@ def image_side(backbone: Backbone) -> int:
     "Side in pixels of the square images that `backbone` takes: its patch times the root of their number."
     return shape_of(backbone).side
 
+# %% ../../nbs/6_paper/01_models.ipynb #0ade6f12
+_PHOTO_SHAPE = ViTShape(PHOTO, 64, 8, 192, 6, 3, 256)  # of the layers behind its stem
+_PHOTO_STEM_GFLOPS = 0.137  # of 14 blocks of a MobileNetV2 at 128 pixels
+
+
+def find_shape(
+    name: str,  # of `MODELS`, or what ships for photos
+) -> ViTShape:
+    "The shape of a model's transformer."
+    return _PHOTO_SHAPE if name == PHOTO else MODELS[check_choice('name', name, MODELS)].shape
+
 # %% ../../nbs/6_paper/01_models.ipynb #e72cbec2
 def stem_flops_g(name: str) -> float:
     "Operations (10^9, forward, one image) of the convolutions before the layers of the model `name` beyond what `cost.flops_true_g` counts; 0 if it has no stem."
-    shape = MODELS[check_choice('name', name, MODELS)].shape
+    shape = find_shape(name)
+    if name == PHOTO:
+        return _PHOTO_STEM_GFLOPS
     if MODELS[name].layout != 'lvvit':
         return 0.0
     sizes = expected_shapes(name)

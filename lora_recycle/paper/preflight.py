@@ -40,7 +40,13 @@ from ..method.distill import worth_caching_teachers
 from ..method.inversion import count_alive
 from ..method.lora import new_lora
 from .datasets import check_set
-from .models import MODELS, load_backbone, read_checkpoint, stem_flops_g
+from lora_recycle.paper.models import (
+    MODELS,
+    find_shape,
+    load_backbone,
+    read_checkpoint,
+    stem_flops_g,
+)
 from ..suite.folders import FileSet, check_images
 from ..suite.images import PAPER_SETS, class_splits
 
@@ -245,7 +251,7 @@ def _testing(case: _Case, method: Method, column: tuple, shot: int) -> dict:
         work = _one_by_one(case, method, sources, shot)
         return work | dict(jobs=1, gb=8e-9 * case.scale.n_tuned)
     forward = 0.0 if method.plain else _asked(target, case, max(shot, 1), case.scale.n_tasks)
-    if method.plain and 'images' in list_needs(method, case.settings.on_disk):
+    if method.plain and 'images' in list_needs(method, case.settings.public):
         forward += case.pool
     return dict(jobs=1, gb=8e-9 * case.scale.n_tasks, forward=forward, looked_at=256)
 
@@ -272,7 +278,7 @@ class _Ledger:
 
 def _add_stages(ledger: _Ledger, name: str, case: _Case, method: Method, sources: tuple):
     "The LoRAs and the images that `method` needs."
-    needs = list_needs(method, case.settings.on_disk)
+    needs = list_needs(method, case.settings.public)
     market = case.settings.market
     named = method.family == 'zero-shot'
     each = market.n_loras // len(sources)
@@ -310,7 +316,7 @@ def list_work(
     machine = machine or scale.machine
     ledger = _Ledger()
     for name in chosen.backbones:
-        shape = MODELS[name].shape
+        shape = find_shape(name)
         for column in chosen.columns:
             for method in map(METHODS.get, methods):
                 recipe = fit_recipe(method.recipe or Recipe(), shape.layers, scale.large)
@@ -325,7 +331,7 @@ def count_operations(
     work: Work,  # of one stage
 ) -> float:  # 10^15
     "Operations of `work`."
-    shape = MODELS[work.backbone].shape
+    shape = find_shape(work.backbone)
     one = flops_true_g(shape) + stem_flops_g(work.backbone)
     passes = sum(times * getattr(work, kind) for kind, times in PASSES.items())
     return (one * passes + _PRIOR_GFLOPS * (shape.side / 224) ** 2 * work.prior) / 1e6
@@ -398,7 +404,7 @@ def memory_gb(
     kind = 'full' if work.full else 'frozen'
     each = kept[kind] + (kept.get('prior', 0) if work.prior else 0)
     images = max(work.at_once * each, work.looked_at * kept['forward'])
-    weights = 4 * work.copies * n_weights(MODELS[work.backbone].shape)
+    weights = 4 * work.copies * n_weights(find_shape(work.backbone))
     return 1.1 * (images + weights + (1e8 if work.prior else 0)) / 1e9 + 0.5
 
 
@@ -634,7 +640,7 @@ def list_files(
 ) -> tuple[list[str], list[str]]:
     "Names of the checkpoints and of the data sets that `table` reads."
     chosen = table_at(table, scale)
-    inverts = any('images' in list_needs(METHODS[m], scale.chain.on_disk) for m in methods)
+    inverts = any('images' in list_needs(METHODS[m], scale.chain.public) for m in methods)
     names = [name for sources, target in chosen.columns for name in (*sources, target)]
     return [*chosen.backbones, *(['resnet50'] if inverts else [])], list(dict.fromkeys(names))
 
@@ -670,7 +676,7 @@ def preflight(
             f'scale {scale.name!r} reads no files; preflight is for one on disk, such as "paper"'
         )
     found = list_work(table, scale, methods, place.machine)
-    shapes = {name: MODELS[name].shape for name in table_at(table, scale).backbones}
+    shapes = {name: find_shape(name) for name in table_at(table, scale).backbones}
     kept = {name: bytes_an_image(shape) for name, shape in shapes.items()}
     speed = {name: calibrate(shape, place.device) for name, shape in shapes.items()}
     timed = add_time(plan_of(table, scale, methods, place.machine), speed)
