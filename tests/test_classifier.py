@@ -1,11 +1,14 @@
 "The estimator takes images and labels of any kind or says what is wrong; recycling resumes; what is saved comes back or is refused."
 
 import json
+import pickle
 import re
+import shutil
 import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from decimal import Decimal
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,29 +17,32 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+from lora_recycle.jobs import Executor
 from lora_recycle.method.backbone import Backbone
 from lora_recycle.use.classifier import (
     FewShotClassifier,
     PrototypeClassifier,
-    image_tensor,
     inversion_terms,
     load_meta_lora,
     recycle,
     recycled_figure,
     save_meta_lora,
-    squared_distances,
+    Trial,
     synthetic_scores,
 )
-from lora_recycle.core import digest, generator
+from lora_recycle.core import digest, generator, save_tensors
+from lora_recycle.use.calibration import squared_distances
+from lora_recycle.use.inputs import image_tensor
 from lora_recycle.method.distill import DistillConfig
 from lora_recycle.suite.evaluate import embed, nearest_prototype
 from lora_recycle.suite.episodes import Episodes
-from lora_recycle.use.exchange import hf_names, read_adapter
+from lora_recycle.use.exchange import Limits, hf_names, read_adapter
 from lora_recycle.method.inversion import InvertConfig
 from lora_recycle.method.lora import LoRA, average_products, new_lora, stack_loras
 
@@ -90,6 +96,7 @@ QUICK = dict(
     invert_config=InvertConfig(steps=2, per_class=4, alpha_bn=0.0),
     distill_config=DistillConfig(steps=3, n_query=2, rank=2, cycle=3, warmup=1),
     n_tasks=5,
+    executor=Executor('here'),
 )
 
 
@@ -186,7 +193,7 @@ def test_forms_of_one_image_agree(tmp_path):
         (chw / 255).double(),
         str(tmp_path / 'image.png'),
         tmp_path / 'image.png',
-        np.dstack([array, array[..., :1]]),
+        np.dstack([array, np.full(array.shape[:2], 255, np.uint8)]),
         image.convert('RGBA'),
         (chw.to(torch.int32) * 257).to(torch.uint16),
     ]
@@ -342,7 +349,7 @@ def kinds():
     yield [True, False, True], [False, True], 'b'
     yield [2.5, 0.5, 1.5], [0.5, 1.5, 2.5], 'f'
     yield [('b', 1), ('a', 2), ('c', 3)], [('a', 2), ('b', 1), ('c', 3)], 'O'
-    yield ['b', 2, None], ['b', 2, None], 'O'
+    yield ['b', ('b',), frozenset()], ['b', ('b',), frozenset()], 'O'
     yield (
         [frozenset('b'), frozenset('a'), frozenset('ab')],
         [frozenset('b'), frozenset('a'), frozenset('ab')],
@@ -479,7 +486,7 @@ def test_wrong_meta_lora(backbone, bad, says):
 
 
 @pytest.mark.parametrize(
-    'labels', [list('abcab') * 4, [2, 'x', None, ('t',)] * 5, [True, False] * 10]
+    'labels', [list('abcab') * 4, ['2', 'x', (None,), ('t',)] * 5, [True, False] * 10]
 )
 def test_partial_fit_equals_fit_on_everything(backbone, labels):
     images, order = noise(20), torch.randperm(20, generator=generator(4)).tolist()
@@ -548,7 +555,7 @@ def test_saved_and_loaded(backbone, lora, saved):
 
 
 @pytest.mark.parametrize(
-    'labels', [['a', 1.5, 2, False, None], [10, -3, 7, 2, 0], [1.5, 2.0, 3.0, 4.0, 5.0]]
+    'labels', [[0.5, 1.5, 2, False, -1], [10, -3, 7, 2, 0], [1.5, 2.0, 3.0, 4.0, 5.0]]
 )
 def test_labels_come_back_with_their_types(backbone, tmp_path, labels):
     model = FewShotClassifier(backbone).fit(noise(5), labels)
@@ -659,22 +666,22 @@ def test_recycling_repeats_itself_and_heeds_the_seed(backbone, recycled):
 
 
 def test_held_out_images_are_not_trained_on(backbone, recycled, monkeypatch):
-    import lora_recycle.use.classifier as module
+    import lora_recycle.method.chain as module
 
     seen, real = [], module.distill
     monkeypatch.setattr(
         module,
         'distill',
-        lambda b, m, images, *rest: (seen.append(images), real(b, m, images, *rest))[1],
+        lambda b, m, pool, *rest: (seen.append(pool), real(b, m, pool, *rest))[1],
     )
     again = recycle(backbone, tiny_market(3), **QUICK)
-    assert torch.equal(seen[0], again.images)
+    assert torch.equal(seen[0].images, again.images)
     trained = {digest(i) for i in again.images.flatten(0, 2)}
     assert not trained & {digest(i) for i in again.held.flatten(0, 2)}
 
 
 def test_a_stopped_run_goes_on(backbone, recycled, tmp_path, monkeypatch):
-    import lora_recycle.use.classifier as module
+    import lora_recycle.method.chain as module
 
     calls, real = [], module.invert
 
@@ -689,9 +696,9 @@ def test_a_stopped_run_goes_on(backbone, recycled, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run()
     first = run()
-    assert len(calls) == 4  # two done, one stopped, only this one again
+    assert len(calls) == 7  # two done, one stopped, this one again, three held out
     monkeypatch.setattr(module, 'distill', None)
-    assert digest(run().lora.tensors()) == digest(first.lora.tensors()) and len(calls) == 4
+    assert digest(run().lora.tensors()) == digest(first.lora.tensors()) and len(calls) == 7
     monkeypatch.undo()
     assert digest(recycle(backbone, tiny_market(3), chunk=1, **QUICK).lora.tensors()) == digest(
         first.lora.tensors()
@@ -723,7 +730,7 @@ def test_terms_without_priors_are_switched_off_and_said_so(backbone):
 def test_heads_of_fewer_classes_and_five_shots(backbone):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        found = recycle(backbone, tiny_market(2, ways=3), scale='smoke', shot=5, n_tasks=3)
+        found = recycle(backbone, tiny_market(2, ways=3), settings='smoke', shot=5, n_tasks=3, executor=Executor('here'))
     assert found.report['distill']['way'] == 3 and found.report['distill']['shot'] == 5
     assert len(found.report['notes']) == 3 and 'drawn letters' in found.report['notes'][2]
 
@@ -737,7 +744,7 @@ def test_heads_of_fewer_classes_and_five_shots(backbone):
         (dict(market=stack_loras([new_lora(2, 16)] * 2)), 'no heads'),
         (dict(market=tiny_market(2).map(lambda t: t * float('nan'))), 'NaN'),
         (dict(market=replace(tiny_market(2), W=torch.zeros(2, 9, 5))), 'heads'),
-        (dict(scale='huge'), 'scale'),
+        (dict(settings='huge'), 'settings'),
         (dict(shot=0), 'shot'),
         (dict(chunk=0), 'chunk'),
         (dict(held_out=1), 'held_out'),
@@ -755,12 +762,12 @@ def test_synthetic_scores_find_what_is_planted(backbone):
     images = noise(5)[None, :, None].expand(
         1, 5, 6, 3, SIDE, SIDE
     )  # every image of a class is the same
-    assert synthetic_scores(backbone, {'plain': None}, images, n_tasks=3)[0]['accuracy'] == 100
+    assert synthetic_scores(backbone, {'plain': None}, images, Trial(n_tasks=3))[0]['accuracy'] == 100
     blank = synthetic_scores(
         backbone,
         {'plain': None},
         torch.zeros(1, 5, 6, 3, SIDE, SIDE, dtype=torch.uint8),
-        n_tasks=10,
+        Trial(n_tasks=10),
     )[0]
     assert abs(blank['accuracy'] - 20) < 10
 
@@ -864,3 +871,227 @@ def test_ten_lines_of_the_readme(tmp_path):
     assert done.returncode == 0, done.stderr
     named = [int(n) for n in re.findall(r'\d', done.stdout)]
     assert len(named) == 10 and sum(a == b for a, b in zip(named, range(10))) >= 5, done.stdout
+
+
+# labels: what is missing, what never equals
+
+
+@pytest.mark.parametrize(
+    'missing', [pd.NA, pd.NaT, None, np.nan, np.float32('nan'), Decimal('nan')], ids=repr
+)
+def test_missing_labels_are_refused_with_their_rows(backbone, missing):
+    "They would be a class of their own."
+    labels = ['a', missing, 'b', missing]
+    with pytest.raises(ValueError, match=r'missing value.* in rows 1, 3\.'):
+        FewShotClassifier(backbone).fit(noise(4), labels)
+    model = FewShotClassifier(backbone).fit(noise(2), ['a', 'b'])
+    for use in (model.partial_fit, model.score):
+        with pytest.raises(ValueError, match='in rows 1, 3'):
+            use(noise(4), labels)
+
+
+@pytest.mark.parametrize(
+    'labels',
+    [
+        pd.Series([1, None, 2, 1], dtype='Int64'),
+        pd.Series(['a', None, 'b', 'a'], dtype='string'),
+        pd.Categorical(['a', None, 'b', 'a']),
+        np.array(['2020-01-01', 'NaT', '2021-01-01', '2020-01-01'], 'datetime64[D]'),
+        torch.tensor([0.0, float('nan'), 1.0, 0.0]),
+    ],
+    ids=lambda x: str(getattr(x, 'dtype', x)),
+)
+def test_columns_with_holes_are_refused(backbone, labels):
+    with pytest.raises(ValueError, match='in rows 1'):
+        FewShotClassifier(backbone).fit(noise(4), labels)
+
+
+def test_labels_of_two_types_are_an_error_as_in_scikit_learn(backbone):
+    texts = FewShotClassifier(backbone).fit(noise(4), list('0101'))
+    numbers = FewShotClassifier(backbone).fit(noise(4), [0, 1, 0, 1])
+    for model, other in ((texts, [0, 1]), (texts, [0.0, True]), (numbers, ['0', '1'])):
+        for use in (model.score, model.partial_fit):
+            with pytest.raises(ValueError, match='Mix of label input types'):
+                use(noise(2), other)
+    with pytest.raises(ValueError, match='Mix of label input types'):
+        texts.fit(noise(2), ['0', 1])
+    with pytest.raises(ValueError, match='Mix of label input types'):
+        texts.score(noise(2), [b'0', b'1'])
+    assert texts.classes_.tolist() == ['0', '1'], 'nothing was learnt'
+    assert numbers.score(noise(4), [0.0, 1.0, False, True]) == 1.0
+
+
+# stale state
+
+
+def test_what_was_learnt_with_another_lora_is_refused(backbone, lora, tmp_path):
+    for change in (dict(meta_lora=lora), dict(backbone=tiny(1)), dict(meta_lora=None)):
+        start = lora if change.get('meta_lora', 0) is None else None
+        model = FewShotClassifier(backbone, start).fit(noise(4), list('abab'))
+        model.set_params(**change)
+        for use in (
+            lambda: model.predict(noise(1)),
+            lambda: model.predict_proba(noise(1)),
+            lambda: model.score(noise(1), ['a']),
+            lambda: model.partial_fit(noise(1), ['c']),
+            lambda: model.save(tmp_path / 'stale'),
+        ):
+            with pytest.raises(NotFittedError, match='stale: call fit again'):
+                use()
+        model.fit(noise(4), list('abab')).predict(noise(1))
+
+
+def test_the_same_encoder_in_another_object_is_not_stale(backbone, lora):
+    model = FewShotClassifier(backbone, lora).fit(noise(4), list('abab'))
+    model.set_params(backbone=backbone.to('cpu'), meta_lora=lora.map(torch.clone))
+    assert model.predict(noise(4)).tolist() == list('abab')
+    again = pickle.loads(pickle.dumps(model))
+    assert again.predict(noise(4)).tolist() == list('abab')
+
+
+# how sure, and none of these
+
+
+def test_probabilities_are_calibrated_unless_a_temperature_is_given(backbone):
+    images, labels = noise(40), list(range(4)) * 10
+    model = FewShotClassifier(backbone).fit(images, labels)
+    given = FewShotClassifier(backbone, temperature=model.temperature_).fit(images, labels)
+    queries = noise(9, seed=5)
+    np.testing.assert_allclose(given.predict_proba(queries), model.predict_proba(queries))
+    sharp = given.set_params(temperature=model.temperature_ / 1000).predict_proba(queries)
+    assert sharp.max(1).mean() > model.predict_proba(queries).max(1).mean()
+    # pixels of chance say nothing of their class: the answer is close to a guess
+    assert model.predict_proba(queries).max(1).mean() < 0.6
+
+
+def test_a_single_class_and_twins_have_a_temperature(backbone):
+    same = noise(1).expand(4, -1, -1, -1)
+    for labels in ([0, 0, 0, 0], [0, 1, 0, 1]):
+        model = FewShotClassifier(backbone, reject=-1).fit(same, labels)
+        assert np.isfinite(model.predict_proba(noise(3))).all() and model.temperature_ > 0
+        assert model.predict(noise(3)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    'labels, reject, kind',
+    [([0, 1], -1, 'i'), (['a', 'b'], 'none', 'U'), (['a', 'b'], -1, 'O')],
+)
+def test_far_images_are_none_of_the_classes(labels, reject, kind):
+    points = np.array([[0.0, 0.0], [1.0, 0.0]])
+    model = PrototypeClassifier(reject=reject).fit(points, labels)
+    answers = model.predict([[0.1, 0.0], [0.9, 0.1], [30.0, 4.0]])
+    assert answers.tolist() == [*labels, reject] and answers.dtype.kind == kind
+    assert model.predict(points).dtype.kind == kind, 'the type does not depend on the images'
+    assert model.score([[0.0, 0.1], [50.0, 1.0]], [labels[0], reject]) == 1.0
+    assert model.set_params(reject=None).predict([[30.0, 4.0]]).tolist() == [labels[1]]
+
+
+def test_a_stricter_share_refuses_more(backbone):
+    model = FewShotClassifier(backbone, reject=-1).fit(noise(20), list(range(4)) * 5)
+    refused = []
+    for share in (0.01, 0.2, 0.9):
+        model.set_params(false_rejects=share)
+        refused.append((model.predict(noise(60, seed=3)) == -1).sum())
+    assert refused[0] <= refused[1] < refused[2]
+
+
+@pytest.mark.parametrize(
+    'change, why',
+    [
+        (dict(reject='a'), 'is the label of a class'),
+        (dict(reject=float('nan')), 'missing value'),
+        (dict(reject=[1]), 'not hashable'),
+        (dict(false_rejects=0), 'false_rejects=0'),
+        (dict(false_rejects=True), 'false_rejects=True'),
+        (dict(false_rejects='few'), "false_rejects='few'"),
+        (dict(temperature='cold'), "temperature='cold'.*'auto'"),
+        (dict(temperature=None), 'temperature=None'),
+    ],
+    ids=str,
+)
+def test_settings_that_are_not_legal(backbone, change, why):
+    with pytest.raises(ValueError, match=why):
+        FewShotClassifier(backbone).set_params(**change).fit(noise(2), ['a', 'b'])
+
+
+def test_what_is_saved_is_as_sure_as_before(backbone, lora, tmp_path):
+    wide = LoRA(torch.rand(2, 3, 16, 2), torch.rand(2, 3, 2, 16), targets=('k', 'v', 'out'))
+    for i, meta in enumerate((None, lora, wide)):
+        model = FewShotClassifier(backbone, meta, reject='none', false_rejects=0.3)
+        model.fit(noise(20), list('abcd') * 5)
+        again = FewShotClassifier.load(model.save(tmp_path / f'{i}'), backbone)
+        queries = noise(30, seed=4)
+        assert again.predict(queries).tolist() == model.predict(queries).tolist()
+        np.testing.assert_allclose(again.predict_proba(queries), model.predict_proba(queries), 1e-4)
+        assert again.threshold_ == pytest.approx(model.threshold_, rel=1e-4)
+
+
+def test_a_folder_of_the_first_format_is_read(backbone, tmp_path):
+    "It holds no features: the temperature is a guess, unless it was saved as a number."
+    model = FewShotClassifier(backbone, temperature=2.0).fit(noise(6), list('ababab'))
+    model.save(tmp_path / 'x')
+    path = tmp_path / 'x' / 'classifier.json'
+    old = json.loads(path.read_text())
+    tensors = load_file(tmp_path / 'x' / 'classifier.safetensors')
+    kept = {k: tensors[k] for k in ('prototypes', 'counts')}
+    record = save_tensors(tmp_path / 'x' / 'classifier.safetensors', kept)
+    for key in ('reject', 'false_rejects', 'targets'):
+        del old[key]
+    old |= dict(format='lora_recycle classifier 1', files={'classifier.safetensors': record})
+    path.write_text(json.dumps(old))
+    again = FewShotClassifier.load(tmp_path / 'x', backbone)
+    queries = noise(5, seed=9)
+    np.testing.assert_allclose(again.predict_proba(queries), model.predict_proba(queries), 1e-5)
+    assert again.partial_fit(noise(2), ['a', 'c']).classes_.tolist() == ['a', 'b', 'c']
+
+
+def test_links_can_be_followed_where_a_folder_is_loaded(backbone, recycled, tmp_path):
+    "Of the hub's cache always, others when asked for."
+    FewShotClassifier(backbone).fit(noise(2), [0, 1]).save(tmp_path / 'model')
+    save_meta_lora(tmp_path / 'meta', recycled)
+    loads = {'model': FewShotClassifier.load, 'meta': load_meta_lora}
+    for name, load in loads.items():
+        linked = tmp_path / f'linked {name}'
+        linked.mkdir()
+        for path in (tmp_path / name).iterdir():
+            (linked / path.name).symlink_to(path)
+        with pytest.raises(ValueError, match=r'is a link.*limits=Limits\(links=True\)'):
+            load(linked, backbone)
+        load(linked, backbone, limits=Limits(links=True))
+        repository = tmp_path / f'models--ann--{name}'
+        snapshot = repository / 'snapshots' / 'abc'
+        snapshot.mkdir(parents=True)
+        (repository / 'blobs').mkdir()
+        for i, path in enumerate((tmp_path / name).iterdir()):
+            shutil.copy(path, repository / 'blobs' / f'{i:040d}')
+            (snapshot / path.name).symlink_to(f'../../blobs/{i:040d}')
+        load(snapshot, backbone)
+
+
+# one reader of images
+
+
+def test_transparency_lies_on_white_whatever_the_form(tmp_path):
+    "Two logos, black on nothing, are two pictures."
+    logo = Image.new('RGBA', (SIDE, SIDE), (0, 0, 0, 0))
+    logo.paste((0, 0, 0, 255), (2, 2, 6, 6))
+    logo.save(tmp_path / 'logo.png')
+    array = np.array(logo)
+    forms = [logo, array, array / 255, torch.from_numpy(array).permute(2, 0, 1)]
+    forms += [tmp_path / 'logo.png', logo.convert('LA')]
+    expected = torch.ones(3, SIDE, SIDE)
+    expected[:, 2:6, 2:6] = 0
+    for form in forms:
+        torch.testing.assert_close(image_tensor(form, SIDE), expected)
+
+
+def test_damaged_exif_is_ignored_with_a_warning(tmp_path):
+    pil().save(tmp_path / 'x.png', exif=b'this is text')
+    with pytest.warns(UserWarning, match='EXIF'):
+        image_tensor(tmp_path / 'x.png', SIDE)
+
+
+def test_a_misspelt_path_is_called_that(tmp_path):
+    pil().save(tmp_path / 'photo.png')
+    with pytest.raises(FileNotFoundError, match='image 1: .*photo.png'):
+        FewShotClassifier(tiny()).fit([pil(), tmp_path / 'phto.png'], [0, 1])

@@ -104,7 +104,8 @@ def test_a_support_image_is_its_own_nearest_and_the_numbers_fit(page, sent):
     "Classes of 1, 2 and 3 images; every support image asked again"
     supports = [sent['supports'][c][: c + 1] for c in range(3)]
     asked = read_request(
-        dict(sent, names=['a', 'b', 'c'], supports=supports, queries=sum(supports, [])), page.backbone.side
+        dict(sent, names=['a', 'b', 'c'], supports=supports, queries=sum(supports, [])),
+        page.backbone.side,
     )
     answer = classify(page, asked)
     assert [tuple(p['nearest']) for p in answer['predictions']] == [
@@ -469,7 +470,10 @@ def test_example_in_a_browser(page, sent):
         tab.click('#digits')
         tab.wait_for_selector('#classes .drop >> nth=4')
         found = classified(tab)
-        truth = [p['label'] for p in classify(page, read_request(sent, page.backbone.side))['predictions']]
+        truth = [
+            p['label']
+            for p in classify(page, read_request(sent, page.backbone.side))['predictions']
+        ]
         assert found == [(q['name'], label) for q, label in zip(sent['queries'], truth)]
         assert len(
             tab.query_selector_all('#prototypes img.central')

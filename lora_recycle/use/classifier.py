@@ -82,7 +82,7 @@ def check_lora(
         )
     return lora
 
-# %% ../../nbs/2_use/01_classifier.ipynb #f9862b54
+# %% ../../nbs/2_use/01_classifier.ipynb #3d114623
 def _check_settings(model) -> None:
     "ValueError unless temperature, reject and false_rejects of `model` are legal."
     t = model.temperature
@@ -150,7 +150,7 @@ def _keep_some(rows: np.ndarray) -> np.ndarray:
     kept[order] = np.arange(len(rows)) - starts < KEPT
     return kept
 
-# %% ../../nbs/2_use/01_classifier.ipynb #564ed6e2
+# %% ../../nbs/2_use/01_classifier.ipynb #3bc0063d
 def _extend(memory: _Memory, labels: list, features: np.ndarray) -> _Memory:
     "`memory` and the float32 `features` [n,D] of the classes `labels` [n]."
     classes = order_classes(list(dict.fromkeys(memory.classes + labels)))
@@ -180,7 +180,7 @@ def _calibrate(model) -> None:
     model.temperature_ = fit_temperature(distances, truth, model.spread_)
     model.nearest_ = distances.min(1).values.numpy() if len(distances) else np.zeros(0)
 
-# %% ../../nbs/2_use/01_classifier.ipynb #daabe6d4
+# %% ../../nbs/2_use/01_classifier.ipynb #d7fc8f61
 def _set(model, memory: _Memory):
     "`model` with all that it has learnt."
     model.classes_ = class_array(memory.classes)
@@ -193,7 +193,13 @@ def _set(model, memory: _Memory):
     _calibrate(model)
     return model
 
-# %% ../../nbs/2_use/01_classifier.ipynb #89cf16f8
+# %% ../../nbs/2_use/01_classifier.ipynb #1c2a5093
+def _check_lengths(n_images: int, n_labels: int) -> None:
+    "ValueError unless there is one label for each image."
+    if n_images != n_labels:
+        raise ValueError(f'{n_images} images but {n_labels} labels; give one label for each image')
+
+
 def _learn(model, X, labels, afresh: bool):
     "Learn X by label, beside what is known or `afresh`; nothing is learnt if anything is wrong."
     _check_settings(model)
@@ -203,10 +209,7 @@ def _learn(model, X, labels, afresh: bool):
         _check_fresh(model)
     check_kinds(labels, model.classes_.tolist() if more else ())
     features = model._features(X, reset=not more).numpy()
-    if len(features) != len(labels):
-        raise ValueError(
-            f'{len(features)} images but {len(labels)} labels; give one label for each image'
-        )
+    _check_lengths(len(features), len(labels))
     if not labels:
         raise ValueError('the support is empty: give at least one image with its label')
     if model.reject is not None and model.reject in labels:
@@ -217,7 +220,7 @@ def _learn(model, X, labels, afresh: bool):
     memory = _recall(model) if more else _nothing(features.shape[1])
     return _set(model, _extend(memory, labels, features))
 
-# %% ../../nbs/2_use/01_classifier.ipynb #1806b49c
+# %% ../../nbs/2_use/01_classifier.ipynb #e59c3c55
 def _distances(model, X) -> Tensor:
     "Squared distances [n,C] of X to all prototypes; ValueError for no rows."
     _check_fresh(model)
@@ -228,7 +231,7 @@ def _distances(model, X) -> Tensor:
     prototypes = torch.from_numpy(model.prototypes_)
     return torch.cat([squared_distances(part, prototypes) for part in features.split(256)])
 
-# %% ../../nbs/2_use/01_classifier.ipynb #0f988476
+# %% ../../nbs/2_use/01_classifier.ipynb #df583eb5
 class _Learner(ClassifierMixin, BaseEstimator):
     "What `PrototypeClassifier` learns; what it answers is below."
 
@@ -291,10 +294,7 @@ class PrototypeClassifier(_Learner):
         check_is_fitted(self)
         check_kinds([t for t in truth if t != self.reject], self.classes_.tolist())
         answers = self.predict(X).tolist()
-        if len(answers) != len(truth):
-            raise ValueError(
-                f'{len(answers)} images but {len(truth)} labels; give one label for each image'
-            )
+        _check_lengths(len(answers), len(truth))
         return sum(a == b for a, b in zip(answers, truth)) / len(truth)
 
 # %% ../../nbs/2_use/01_classifier.ipynb #3212fa90
@@ -315,7 +315,7 @@ class _Frozen(PrototypeClassifier):
         tags.input_tags.two_d_array = False
         return tags
 
-# %% ../../nbs/2_use/01_classifier.ipynb #c1597487
+# %% ../../nbs/2_use/01_classifier.ipynb #9741e626
 class _ImageLearner(_Frozen):
     "`PrototypeClassifier` of images; how it is kept on disk is below."
 
@@ -344,7 +344,7 @@ class _ImageLearner(_Frozen):
         lora = check_lora(self.meta_lora, self.backbone)
         return _embed_images(self.backbone, lora, images, check_int('batch', self.batch, 1))
 
-# %% ../../nbs/2_use/01_classifier.ipynb #8381cc24
+# %% ../../nbs/2_use/01_classifier.ipynb #c02a8802
 def _embed_images(backbone: Backbone, lora: LoRA | None, images, batch: int) -> Tensor:
     "Features float32 [n,D_out] of images of any kind, `batch` at once; ValueError names a bad one."
     lora = lora and lora.map(lambda t: t.to(backbone.device))
@@ -360,7 +360,7 @@ def _embed_images(backbone: Backbone, lora: LoRA | None, images, batch: int) -> 
         )
     return torch.cat(parts)
 
-# %% ../../nbs/2_use/01_classifier.ipynb #aaf89f6f
+# %% ../../nbs/2_use/01_classifier.ipynb #83602572
 def new_folder(
     folder,  # new or empty
     fill,  # function of a path that writes the files there
@@ -417,7 +417,7 @@ def _json_classes(classes: list) -> list:
         ) from err
     return classes
 
-# %% ../../nbs/2_use/01_classifier.ipynb #8807a807
+# %% ../../nbs/2_use/01_classifier.ipynb #25547136
 def _write_classifier(folder: Path, model: 'FewShotClassifier'):
     "The files of `FewShotClassifier.save`; classifier.json is the last."
     tensors = dict(
@@ -445,7 +445,7 @@ def _write_classifier(folder: Path, model: 'FewShotClassifier'):
     content |= dict(environment=environment(model.backbone.device))
     write_json(folder / 'classifier.json', content)
 
-# %% ../../nbs/2_use/01_classifier.ipynb #558c030f
+# %% ../../nbs/2_use/01_classifier.ipynb #14feb814
 def _check_saved(header: dict, n: int, backbone: Backbone, weights: Path) -> None:
     "ValueError unless the `header` of the file `weights` is that of a classifier of `n` classes."
     shapes = {k: shape for k, (_, shape) in header.items()}
@@ -461,7 +461,7 @@ def _check_saved(header: dict, n: int, backbone: Backbone, weights: Path) -> Non
             f'[m,{D}], rows I64 [m], and A, B of a LoRA are expected'
         )
 
-# %% ../../nbs/2_use/01_classifier.ipynb #ea1447dc
+# %% ../../nbs/2_use/01_classifier.ipynb #6a2a0aa2
 def _check_classifier(found: dict, path: Path) -> list:
     "The classes in the content `found` of classifier.json; ValueError for anything unsound."
     if found.get('format') not in _FORMATS:
@@ -477,7 +477,7 @@ def _check_classifier(found: dict, path: Path) -> list:
         raise ValueError(f'{path} has no temperature')
     return classes
 
-# %% ../../nbs/2_use/01_classifier.ipynb #f238619f
+# %% ../../nbs/2_use/01_classifier.ipynb #71991bbc
 def _read_classifier(folder: Path, backbone: Backbone, limits: Limits) -> tuple[dict, dict]:
     "What `_write_classifier` wrote, checked: classifier.json and the tensors; ValueError."
     path = folder / 'classifier.json'
@@ -507,7 +507,7 @@ def _saved_lora(found: dict, tensors: dict, path: Path) -> LoRA | None:
         raise ValueError(f'{path} has targets {targets!r:.60}; a list is expected')
     return LoRA(tensors['A'], tensors['B'], targets=check_targets(tuple(targets)))
 
-# %% ../../nbs/2_use/01_classifier.ipynb #49d9b76e
+# %% ../../nbs/2_use/01_classifier.ipynb #a0567339
 class FewShotClassifier(_ImageLearner):
     """`PrototypeClassifier` of images on `backbone` + `meta_lora` (None: the plain backbone).
 
@@ -847,7 +847,7 @@ def _describe(report: dict) -> dict:
         'scores': ours,
     }
 
-# %% ../../nbs/2_use/01_classifier.ipynb #9ba366b4
+# %% ../../nbs/2_use/01_classifier.ipynb #d528f092
 def _record(path: Path) -> dict:
     "Size and sha256 of the file `path`."
     data = path.read_bytes()
@@ -876,7 +876,7 @@ def save_meta_lora(
 
     return read_json(new_folder(folder, fill) / _META, _LIMITS)
 
-# %% ../../nbs/2_use/01_classifier.ipynb #62eabe22
+# %% ../../nbs/2_use/01_classifier.ipynb #72e92c91
 def load_meta_lora(
     folder,  # that `save_meta_lora` wrote
     backbone: Backbone,  # that it was made for

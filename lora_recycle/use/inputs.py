@@ -70,7 +70,7 @@ def _array_tensor(image: np.ndarray) -> Tensor:
 def _channels_first(image) -> Tensor:
     "A file, PIL image, array or tensor as a tensor [1, 3 or 4,H,W] on the CPU, pixels as they are."
     if isinstance(image, (str, Path)):
-        image = read_image(Path(image).expanduser())
+        image = np.array(read_image(Path(image).expanduser()))  # turned already
     if isinstance(image, Image.Image):
         image = _pil_pixels(image)
     if isinstance(image, np.ndarray):
@@ -141,7 +141,7 @@ def _plain_label(label):
         ) from None
     if isinstance(label, Tensor) or isinstance(label, float) and math.isinf(label):
         raise ValueError(
-            f'the label {label!r:.60} names no class: Input y contains infinity or a tensor'
+            f'the label {label!r:.60} names no class: Input y contains NaN, infinity or a tensor'
         )
     return label
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'MOST', 'EXAMPLES', 'Page', 'make_page', 'decode_image', 'image_url', 'Request', 'read_request', 'example',
-           'kept_patches', 'classify', 'page_files', 'respond', 'make_server', 'launch', 'main']
+           'kept_patches', 'classify', 'page_files', 'respond', 'make_server', 'serve_page', 'launch', 'main']
 
 # %% ../../nbs/2_use/02_page.ipynb #69b238c0
 import argparse
@@ -12,12 +12,12 @@ import base64
 import binascii
 import io
 import json
-import math
 import re
 import threading
 import traceback
 import webbrowser
 from dataclasses import dataclass
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
@@ -26,79 +26,79 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..method.backbone import Backbone, blank_dropped, encode, normalise
-from lora_recycle.use.classifier import (
-    PrototypeClassifier,
-    check_lora,
-    image_tensor,
-    load_meta_lora,
-    squared_distances,
-)
 from ..core import check_choice, check_int
-from ..suite.images import load_set
+from ..method.backbone import Backbone, blank_dropped, encode, normalise
+from ..method.lora import LoRA, average_products
 from ..suite.episodes import draw_episodes
 from ..suite.evaluate import embed
-from .exchange import backbone_from_hf, parse_json, read_market
-from ..method.lora import LoRA, average_products
+from ..suite.images import load_set
 from ..suite.miniature import load_miniature
+from .calibration import squared_distances
+from .classifier import PrototypeClassifier, check_lora, load_meta_lora
+from .exchange import Limits, backbone_from_hf, parse_json, read_market
+from .inputs import image_tensor
 
 # %% ../../nbs/2_use/02_page.ipynb #922584f9
 @dataclass(frozen=True)
 class Page:
-    "What a page classifies with: a backbone, one LoRA on its device or None, a line for people about both, and the temperature of the softmax."
+    "What a page classifies with."
 
     backbone: Backbone
-    lora: LoRA | None
-    about: str
-    temperature: float = 10.0
-
-    @property
-    def side(self) -> int:
-        "Height and width in pixels of the images that the backbone takes."
-        return self.backbone.patch * math.isqrt(self.backbone.n_patches)
+    lora: LoRA | None  # on the backbone's device
+    about: str  # a line for people about both
+    temperature: float | str = 'auto'  # of the softmax
 
 
-def make_page(backbone: Backbone | None = None, meta_lora=None, temperature: float = 10.0) -> Page:
-    """The `Page` of `backbone` (None: the miniature) and `meta_lora`: a LoRA, a folder of `save_meta_lora`, or None.
-
-    None is the average of the shipped LoRAs for the miniature, and no LoRA for another backbone. ValueError, FileNotFoundError if they do not fit."""
-    given, backbone = backbone is not None, load_miniature() if backbone is None else backbone
-    if not isinstance(backbone, Backbone):
-        raise ValueError(
-            f'backbone is a {type(backbone).__name__}, not a Backbone; exchange.backbone_from_hf reads one from a folder'
-        )
-    if (
-        isinstance(temperature, bool)
-        or not isinstance(temperature, (int, float))
-        or not 0 < temperature < math.inf
-    ):
-        raise ValueError(f'temperature={temperature!r} must be a number above 0')
-    lora, about = meta_lora, f'a LoRA of rank {getattr(meta_lora, "rank", None)}'
+def _find_lora(backbone: Backbone, meta_lora, limits: Limits) -> tuple[LoRA | None, str]:
+    "The LoRA of a page, and a few words about it; ValueError, FileNotFoundError."
     if isinstance(meta_lora, (str, Path)):
-        lora, meta = load_meta_lora(meta_lora, backbone)
-        about = f'the meta-LoRA {str(meta.get("name"))[:60]!r}'
-    elif meta_lora is None and given:
-        about = 'no LoRA'
-    elif meta_lora is None:
-        market, _ = read_market(files('lora_recycle') / 'assets' / 'market', backbone)
-        lora, about = average_products(market), f'the average of the {market.size} shipped LoRAs'
-    lora = check_lora(lora, backbone)
-    return Page(
-        backbone,
-        lora and lora.map(lambda t: t.to(backbone.device)),
-        f'{backbone.name} with {about}',
-        temperature,
-    )
+        lora, meta = load_meta_lora(meta_lora, backbone, limits)
+        return lora, f'the meta-LoRA {str(meta.get("name"))[:60]!r}'
+    lora = check_lora(meta_lora, backbone)
+    return lora, 'no LoRA' if lora is None else f'a LoRA of rank {lora.rank}'
+
+
+@lru_cache(maxsize=1)
+def _average_shipped() -> tuple[LoRA, str]:
+    "The average of the shipped LoRAs, and a few words about it."
+    market, _ = read_market(files('lora_recycle') / 'assets' / 'market', load_miniature())
+    return average_products(market), f'the average of the {market.size} shipped LoRAs'
+
+# %% ../../nbs/2_use/02_page.ipynb #a4b663c4
+def make_page(
+    backbone: Backbone | None = None,  # None: the miniature
+    meta_lora=None,  # a LoRA, a folder of `save_meta_lora`, or None
+    temperature: float | str = 'auto',  # of the softmax; 'auto': by the labelled images
+    limits: Limits = Limits(),  # the most that a folder may hold
+) -> Page:
+    "A page; no LoRA is the average of the shipped ones for the miniature. ValueError."
+    if backbone is not None and not isinstance(backbone, Backbone):
+        raise ValueError(
+            f'backbone is a {type(backbone).__name__}, not a Backbone; '
+            'exchange.backbone_from_hf reads one from a folder'
+        )
+    PrototypeClassifier(temperature).fit([[0.0]], [0])  # whether the temperature is legal
+    shipped = backbone is None and meta_lora is None
+    backbone = load_miniature() if backbone is None else backbone
+    lora, words = _average_shipped() if shipped else _find_lora(backbone, meta_lora, limits)
+    lora = lora and lora.map(lambda t: t.to(backbone.device))
+    return Page(backbone, lora, f'{backbone.name} with {words}', temperature)
 
 # %% ../../nbs/2_use/02_page.ipynb #3bda4b51
 KINDS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')
-MOST = dict(
-    classes=8, support=20, queries=40, pixels=50_000_000, request_bytes=2**27
-)  # of one request
+MOST = dict(  # of one request; the browser makes files above `file_bytes` at most `side` wide
+    classes=8,
+    support=20,
+    queries=40,
+    pixels=50_000_000,
+    request_bytes=2**27,
+    file_bytes=2**20,
+    side=1024,
+)
 
 
-def decode_image(data, name: str) -> Image.Image:
-    "The image in `data`, base64 of a file of one of `KINDS`, with or without `data:...,` before it. ValueError that says `name`."
+def _decode_base64(data, name: str) -> bytes:
+    "The bytes in `data`, base64 with or without `data:...,` before it; ValueError."
     try:
         content = base64.b64decode(data.rpartition(',')[2], validate=True)
     except (AttributeError, binascii.Error, ValueError):
@@ -107,23 +107,39 @@ def decode_image(data, name: str) -> Image.Image:
         ) from None
     if not content:
         raise ValueError(f'{name} is an empty file')
+    return content
+
+# %% ../../nbs/2_use/02_page.ipynb #7e41741e
+def decode_image(
+    data,  # base64 of a file of one of `KINDS`, with or without `data:...,` before it
+    name: str,  # what a message calls it
+) -> Image.Image:
+    "The image that a browser sent; ValueError says what is wrong with it."
+    content = _decode_base64(data, name)
     try:
         image = Image.open(io.BytesIO(content), formats=KINDS)
-        if fits := image.width * image.height <= MOST['pixels']:
+        fits = image.width * image.height <= MOST['pixels']
+        if fits:
             image.load()
     except Image.DecompressionBombError:
         fits = False
     except Exception as err:  # Pillow raises nearly any kind for a broken file
         raise ValueError(
-            f'{name} cannot be read as an image ({type(err).__name__}). It may be damaged; {", ".join(KINDS)} are understood.'
+            f'{name} cannot be read as an image ({type(err).__name__}). It may be damaged; '
+            f'{", ".join(KINDS)} are understood.'
         ) from err
     if not fits:
-        raise ValueError(f'{name} has more than {MOST["pixels"]:,} pixels. Make it smaller.')
+        raise ValueError(
+            f'{name} has more than {MOST["pixels"]:,} pixels. Make it smaller, or, if you trust '
+            'it, raise page.MOST["pixels"] before the page is started.'
+        )
     return image
 
-
-def image_url(image: Tensor) -> str:
-    "An image [3,H,W], or [4,H,W] with alpha, uint8 or float in [0,1], as a PNG in a `data:` address, which a browser shows without fetching anything."
+# %% ../../nbs/2_use/02_page.ipynb #67b0531b
+def image_url(
+    image: Tensor,  # [3,H,W], or [4,H,W] with alpha, uint8 or float in [0,1]
+) -> str:  # PNG in a `data:` address
+    "An image as an address that a browser shows without fetching anything."
     x = image if image.dtype == torch.uint8 else (image.cpu() * 255).round().to(torch.uint8)
     out = io.BytesIO()
     Image.fromarray(x.permute(1, 2, 0).numpy()).save(out, format='PNG')
@@ -132,86 +148,93 @@ def image_url(image: Tensor) -> str:
 # %% ../../nbs/2_use/02_page.ipynb #aaff6fa7
 @dataclass(frozen=True)
 class Request:
-    "Checked and decoded: class names [C], support float [n,3,side,side] in [0,1], labels int64 [n] into names, queries [q,3,side,side], share of patches to blank, use of the LoRA."
+    "What a person asks, checked and decoded."
 
-    names: tuple[str, ...]
-    support: Tensor
-    labels: Tensor
-    queries: Tensor
-    share: float
-    lora: bool
+    names: tuple[str, ...]  # of the classes [C]
+    support: Tensor  # float [n,3,side,side] in [0,1]
+    labels: Tensor  # int64 [n] into names
+    queries: Tensor  # [q,3,side,side]
+    share: float  # of patches to blank, 0 to below 1
+    lora: bool  # whether to use it
+    reject: bool = False  # whether "none of these" is an answer
 
 
 def _pixels(image, where: str, side: int) -> Tensor:
-    "One image of a request as float [3,side,side] in [0,1]; ValueError that says `where` it stands and what its file is called."
-    name = (
-        f'{where} ({str(image.get("name", "unnamed"))[:60]})' if isinstance(image, dict) else where
-    )
+    "One image of a request as float [3,side,side] in [0,1]; ValueError says `where` it stands."
     if not isinstance(image, dict):
-        raise ValueError(f'{name} is no image')
+        raise ValueError(f'{where} is no image')
+    name = f'{where} ({str(image.get("name", "unnamed"))[:60]})'
     decoded = decode_image(image.get('data'), name)
     try:
         return image_tensor(decoded, side)
     except ValueError as err:
         raise ValueError(f'{name}: {err}') from err
 
+# %% ../../nbs/2_use/02_page.ipynb #8da119ee
+def _check_class(i: int, name, images):
+    "ValueError unless class `i`, from 1, has a name and a legal number of images."
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f'class {i} has no name. Write one into its box.')
+    if len(name) > 100:
+        raise ValueError(f'the name of class {i} has {len(name)} letters; 100 are the most')
+    if not isinstance(images, list) or not images:
+        raise ValueError(f'class {name!r} has no images. Drop at least one.')
+    if len(images) > MOST['support']:
+        raise ValueError(f'class {name!r} has {len(images)} images; {MOST["support"]} are the most')
 
+# %% ../../nbs/2_use/02_page.ipynb #b5c0df39
 def _check_form(names, supports, queries):
-    "ValueError unless names (texts, all different), supports (a list of images for each) and queries are lists of legal lengths."
+    "ValueError unless names, supports and queries are lists of legal lengths."
     if not all(isinstance(part, list) for part in (names, supports, queries)):
         raise ValueError('names, supports and queries must be lists')
-    if len(names) != len(supports):
+    n = len(names)
+    if n != len(supports):
         raise ValueError(
-            f'{len(names)} class names but images for {len(supports)} classes; give each class one name'
+            f'{n} class names but images for {len(supports)} classes; give each class one name'
         )
-    if not 2 <= len(names) <= MOST['classes']:
-        raise ValueError(
-            f'{len(names)} class{"" if len(names) == 1 else "es"}: give at least 2, at most {MOST["classes"]}'
-        )
+    if not 2 <= n <= MOST['classes']:
+        words = '1 class' if n == 1 else f'{n} classes'
+        raise ValueError(f'{words}: give at least 2, at most {MOST["classes"]}')
     for i, (name, images) in enumerate(zip(names, supports), 1):
-        if not isinstance(name, str) or not name.strip():
-            raise ValueError(f'class {i} has no name. Write one into its box.')
-        if len(name) > 100:
-            raise ValueError(f'the name of class {i} has {len(name)} letters; 100 are the most')
-        if not isinstance(images, list) or not images:
-            raise ValueError(f'class {name!r} has no images. Drop at least one.')
-        if len(images) > MOST['support']:
-            raise ValueError(
-                f'class {name!r} has {len(images)} images; {MOST["support"]} are the most'
-            )
-    twice = sorted({n.strip() for n in names if [m.strip() for m in names].count(n.strip()) > 1})
+        _check_class(i, name, images)
+    bare = [name.strip() for name in names]
+    twice = sorted({name for name in bare if bare.count(name) > 1})
     if twice:
         raise ValueError(f'two classes are called {twice[0]!r}. Give each a name of its own.')
     if not 1 <= len(queries) <= MOST['queries']:
         raise ValueError(
-            f'there are {len(queries)} images to classify: drop at least 1, at most {MOST["queries"]}'
+            f'there are {len(queries)} images to classify: drop at least 1, '
+            f'at most {MOST["queries"]}'
         )
 
-
-def read_request(found, side: int) -> Request:
-    "The `Request` in `found`, a JSON object as the page sends it, for a backbone that takes `side` pixels. ValueError says what a person has to change."
+# %% ../../nbs/2_use/02_page.ipynb #a0975d21
+def read_request(
+    found,  # a JSON object as the page sends it
+    side: int,  # pixels that the backbone takes
+) -> Request:
+    "What a person asks; ValueError says what he has to change."
     if not isinstance(found, dict):
         raise ValueError('the request is no JSON object')
-    names, supports, queries, share = (
-        found.get(k) for k in ('names', 'supports', 'queries', 'share')
-    )
-    _check_form(names, supports, queries)
+    parts = [found.get(k) for k in ('names', 'supports', 'queries')]
+    _check_form(*parts)
+    names, supports, queries = parts
+    share = found.get('share')
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
         raise ValueError(f'share={share!r} must be a number from 0 to below 1')
     names = tuple(n.strip() for n in names)
-    support = [
-        _pixels(x, f'class {n!r}, image {i}', side)
-        for n, images in zip(names, supports)
-        for i, x in enumerate(images, 1)
-    ]
-    labels = torch.tensor([c for c, images in enumerate(supports) for _ in images])
+    support = []
+    for name, images in zip(names, supports):
+        for i, image in enumerate(images, 1):
+            support.append(_pixels(image, f'class {name!r}, image {i}', side))
+    asked = [_pixels(x, f'image {i} to classify', side) for i, x in enumerate(queries, 1)]
     return Request(
         names,
         torch.stack(support),
-        labels,
-        torch.stack([_pixels(x, f'image {i} to classify', side) for i, x in enumerate(queries, 1)]),
+        torch.tensor([c for c, images in enumerate(supports) for _ in images]),
+        torch.stack(asked),
         share,
         found.get('lora') is not False,
+        found.get('reject') is True,
     )
 
 # %% ../../nbs/2_use/02_page.ipynb #33d3339b
@@ -219,24 +242,29 @@ EXAMPLES = ('digits', 'armenian')
 
 
 def example(
-    name: str = 'digits', seed: int = 0, way: int = 5, shot: int = 3, n_query: int = 1
-) -> dict:
-    "A request made of one episode of the embedded set `name` (one of `EXAMPLES`): `way` classes, `shot` images of each, `n_query` to classify, whose file names say what they are."
-    data = load_set(check_choice('name', name, EXAMPLES), 12).split(
-        'test'
-    )  # 12 drawn letters of each are enough
+    name: str = 'digits',  # one of `EXAMPLES`
+    seed: int = 0,  # of the episode
+    way: int = 5,  # classes
+    shot: int = 3,  # labelled images of each
+    n_query: int = 1,  # images of each to classify
+) -> dict:  # as the page sends it; file names say what the images are
+    "A request made of one episode of an embedded set."
+    data = load_set(check_choice('name', name, EXAMPLES), 12)  # 12 drawn letters are enough
+    data = data.split('test')
     episode = draw_episodes(data, 'test', 1, way, shot, n_query, seed)
 
     def image(row):
-        return dict(name=f'{data.classes[data.labels[row]]}.png', data=image_url(data.images[row]))
+        "The image in `row` as if it had been dropped."
+        kind = data.classes[data.labels[row]]
+        return dict(name=f'{kind}.png', data=image_url(data.images[row]))
 
-    supports, queries = episode.support[0].tolist(), episode.query[0].tolist()
-    turn = torch.randperm(way * n_query, generator=torch.Generator().manual_seed(seed)).tolist()
-    flat = [row for rows in queries for row in rows]
+    supports = episode.support[0].tolist()
+    rows = episode.query[0].flatten()
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
     return dict(
         names=[data.classes[data.labels[rows[0]]] for rows in supports],
         supports=[[image(row) for row in rows] for rows in supports],
-        queries=[image(flat[i]) for i in turn],
+        queries=[image(row) for row in rows.tolist()],
         share=0.5,
         lora=True,
     )
@@ -244,341 +272,232 @@ def example(
 # %% ../../nbs/2_use/02_page.ipynb #749e0043
 @torch.no_grad()
 def kept_patches(
-    backbone: Backbone, lora: LoRA | None, images: Tensor, share: float
-) -> tuple[Tensor, Tensor]:
-    """Images float [n,3,H,W] in [0,1] as [n,4,H,W], with alpha: the int(N*share) patches that [CLS] attends to least in the last layer are black and transparent,
-    0 <= share < 1. And the numbers [n,K] of those that stay. ValueError for an illegal share."""
-    kept = encode(
-        backbone, normalise(images, backbone), lora, {backbone.layers - 1: share}
-    ).kept.cpu()
+    backbone: Backbone,  # see `Page`
+    lora: LoRA | None,  # None: the backbone alone
+    images: Tensor,  # float [n,3,H,W] in [0,1]; of the size that the backbone takes
+    share: float,  # of the patches to blank, 0 to below 1
+) -> tuple[Tensor, Tensor]:  # [n,4,H,W] with alpha; numbers [n,K] of those that stay
+    "Images without the int(N*share) patches that [CLS] attends to least in the last layer."
+    plan = {backbone.layers - 1: share}
+    kept = encode(backbone, normalise(images, backbone), lora, plan).kept.cpu()
     opaque = torch.cat([images.cpu(), torch.ones(len(images), 1, *images.shape[2:])], 1)
     return blank_dropped(opaque, kept, backbone.patch), kept
 
 # %% ../../nbs/2_use/02_page.ipynb #0cb3cdab
-@torch.no_grad()
-def classify(page: Page, request: Request) -> dict:
-    """The answer to a request, ready for JSON: `names` [C]; `supports`, images of each class as the backbone sees them; `central` [C], for each class the number of the image nearest to
-    its prototype; `predictions`, for each query its label, `probabilities` [C], `nearest` (class, image), the image as seen and its kept patches; `n_kept` of `n_patches`; `about`."""
-    backbone, lora, n = page.backbone, page.lora if request.lora else None, len(request.support)
-    features = embed(backbone, torch.cat([request.support, request.queries]), lora, 16)
-    model = PrototypeClassifier(page.temperature).fit(features[:n].numpy(), request.labels.tolist())
-    chances = model.predict_proba(features[n:].numpy())
-    where = [
-        [c, i] for c, count in enumerate(model.counts_.tolist()) for i in range(count)
-    ]  # support images are ordered by class
+def _answer(request: Request, model: PrototypeClassifier, features: Tensor) -> list[dict]:
+    "For each query, features [n+q,D] behind those of the supports: what it is taken for, and why."
+    n = len(request.support)
+    queries = features[n:].numpy()
+    where = [[c, i] for c, m in enumerate(model.counts_.tolist()) for i in range(m)]
     nearest = squared_distances(features[n:], features[:n]).argmin(1).tolist()
-    own = squared_distances(features[:n], torch.from_numpy(model.prototypes_)).gather(
-        1, request.labels[:, None]
-    )[:, 0]
-    parts = [
-        kept_patches(backbone, lora, part, request.share) for part in request.queries.split(16)
-    ]
-    blanked = torch.cat([shown for shown, _ in parts])
-    predictions = [
-        dict(
-            label=request.names[row.argmax()],
-            probabilities=row.tolist(),
-            nearest=where[near],
-            seen=image_url(x),
-            kept=image_url(y),
+    refused = model.predict(queries) == -1
+    answers = []
+    for chances, near, no in zip(model.predict_proba(queries), nearest, refused):
+        answers.append(
+            dict(
+                label=request.names[chances.argmax()],
+                probabilities=chances.tolist(),
+                nearest=where[near],
+                refused=bool(no and request.reject),
+            )
         )
-        for row, near, x, y in zip(chances, nearest, request.queries, blanked)
-    ]
-    groups = [(request.labels == c).nonzero()[:, 0] for c in range(len(request.names))]
+    return answers
+
+
+def _central(request: Request, model: PrototypeClassifier, features: Tensor) -> list[int]:
+    "For each class the number of its image that is nearest to its prototype."
+    distances = squared_distances(features, torch.from_numpy(model.prototypes_))
+    own = distances.gather(1, request.labels[:, None])[:, 0]
+    return [own[request.labels == c].argmin().item() for c in range(len(request.names))]
+
+# %% ../../nbs/2_use/02_page.ipynb #1279de40
+@torch.no_grad()
+def classify(
+    page: Page,  # what it classifies with
+    request: Request,  # what a person asks
+) -> dict:  # names, supports, central, predictions, n_kept, n_patches, about, temperature
+    "The answer to a request, ready for JSON."
+    backbone = page.backbone
+    lora = page.lora if request.lora else None
+    features = embed(backbone, torch.cat([request.support, request.queries]), lora, 16)
+    supports = features[: len(request.support)]
+    model = PrototypeClassifier(page.temperature, reject=-1)
+    model.fit(supports.numpy(), request.labels.tolist())
+    predictions = _answer(request, model, features)
+    kept = [kept_patches(backbone, lora, x, request.share) for x in request.queries.split(16)]
+    blanked = torch.cat([images for images, _ in kept])
+    for prediction, x, y in zip(predictions, request.queries, blanked):
+        prediction |= dict(seen=image_url(x), kept=image_url(y))
+    groups = [request.support[request.labels == c] for c in range(len(request.names))]
+    auto = isinstance(page.temperature, str)
     return dict(
         names=list(request.names),
-        supports=[[image_url(x) for x in request.support[rows]] for rows in groups],
-        central=[own[rows].argmin().item() for rows in groups],
+        supports=[[image_url(x) for x in images] for images in groups],
+        central=_central(request, model, supports),
         predictions=predictions,
-        n_kept=parts[0][1].shape[1],
+        n_kept=kept[0][1].shape[1],
         n_patches=backbone.n_patches,
         about=page.about if request.lora else f'{backbone.name} alone',
-        temperature=page.temperature,
+        temperature=model.temperature_ if auto else page.temperature,
+        calibrated=auto,
     )
 
-# %% ../../nbs/2_use/02_page.ipynb #23515a43
-_BODY = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>LoRA Recycle: try it</title>
-<link rel="icon" href="data:,"><link rel="stylesheet" href="page.css"><script src="page.js" defer></script></head><body>
-<h1>LoRA Recycle: try it</h1>
-<p>Name two classes or more, drop a few images of each, drop images to classify. Runs on this machine only, with <b id="about">ABOUT</b>.</p>
-<p>No images at hand? Load an example:
-<button id="digits">handwritten digits</button> <button id="armenian">drawn letters</button></p>
-<h2>1. Labelled images</h2><div id="classes"></div><p><button id="more">add a class</button></p>
-<h2>2. Images to classify</h2><div id="queries"></div>
-<h2>3. Classify</h2>
-<p><button id="go">classify</button> <label id="with">use the LoRA <input type="checkbox" id="lora" checked></label>
-<label>blank <input type="range" id="share" min="0" max="0.95" step="0.05" value="0.5"> <output id="percent">50 %</output> of the patches</label></p>
-<p id="error" role="alert" hidden></p><p id="state" aria-live="polite"></p>
-<section id="result" hidden><h2>Prototypes</h2><p>Each class is the mean of its features; framed: the image nearest to it.</p><div id="prototypes"></div>
-<h2>Predictions</h2><p id="legend"></p>
-<table><thead><tr><th>image</th><th>kept patches</th><th>most alike</th><th>prediction</th></tr></thead><tbody id="rows"></tbody></table></section>
-</body></html>
-"""
-
-_STYLE = """
-:root { color-scheme: light dark; --line: #8886; --accent: #2563eb; --bad: #c02626 }
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 1rem auto; padding: 0 1rem }
-h1 { font-size: 1.4rem; margin: 0 } h2 { font-size: 1.05rem; margin: 1rem 0 .3rem } p { margin: .3rem 0 }
-#classes, #prototypes { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .6rem }
-.drop { border: 1px dashed var(--line); border-radius: .4rem; padding: .4rem; min-height: 3.5rem }
-.drop.over { border-color: var(--accent); background: #2563eb1a }
-.drop input[type=text] { width: calc(100% - 2.6rem); font: inherit; box-sizing: border-box } .drop input[type=file] { font-size: .75rem; width: 5.5rem; margin-top: .3rem; color: transparent; display: block }
-img { width: 3rem; height: 3rem; object-fit: contain; image-rendering: pixelated; background: #8882; margin: 2px; vertical-align: middle } td img { width: 4.2rem; height: 4.2rem } #classes img { width: 2.5rem; height: 2.5rem }
-img.kept { background: repeating-linear-gradient(45deg, #d33a 0 3px, #fffa 3px 7px) } img.central { outline: 3px solid var(--accent) } button.thumb { border: 0; padding: 0; background: none; cursor: pointer }
-button { font: inherit; cursor: pointer } #go { font-weight: 600; padding: .2rem 1.2rem }
-#error { border-left: 4px solid var(--bad); padding: .3rem .6rem; background: #c026261a }
-table { border-collapse: collapse; width: 100% } th { text-align: left; font-weight: 500 } td, th { border-top: 1px solid var(--line); padding: .3rem .5rem; vertical-align: top }
-.bar { display: grid; grid-template-columns: 8rem 1fr 3.5rem; gap: .4rem; font-size: .8rem; align-items: center } .bar span { overflow: hidden; text-overflow: ellipsis }
-.bar i { display: block; height: .6rem; background: var(--line); border-radius: 2px } .bar.best { font-weight: 600 } .bar.best i { background: var(--accent) }
-small { display: block; opacity: .75; overflow-wrap: anywhere }
-"""
-
-# %% ../../nbs/2_use/02_page.ipynb #36eb251c
-_FORM = r"""
-"use strict";
-const $ = id => document.getElementById(id);
-const make = (tag, props = {}, ...inside) => { const e = Object.assign(document.createElement(tag), props); e.append(...inside); return e; };
-let classes = [{name: "", images: []}, {name: "", images: []}], queries = [], turn = 0;
-
-function say(message) { $("error").textContent = message; $("error").hidden = !message; }
-function changed() { turn++; $("result").hidden = true; $("state").textContent = ""; say(""); }
-function fileData(file) {
-  return new Promise((done, failed) => {
-    const reader = new FileReader();
-    reader.onload = () => done({name: file.name, data: reader.result});
-    reader.onerror = () => failed(new Error(file.name + " cannot be read. Is it a folder?"));
-    reader.readAsDataURL(file);
-  });
-}
-async function add(images, files) {
-  changed();
-  try { images.push(...await Promise.all([...files].map(fileData))); } catch (e) { say(e.message); }
-  draw();
-}
-function dropZone(images, what, ...above) {
-  const file = make("input", {type: "file", multiple: true, accept: "image/*", ariaLabel: "images of " + what});
-  file.onchange = () => add(images, file.files);
-  const thumbs = images.map((image, i) => {
-    const button = make("button", {className: "thumb", title: image.name + " (click to remove)"}, make("img", {src: image.data, alt: image.name}));
-    button.onclick = () => { changed(); images.splice(i, 1); draw(); };
-    return button;
-  });
-  const zone = make("div", {className: "drop"}, ...above, ...thumbs, file);
-  zone.ondragover = e => { e.preventDefault(); zone.classList.add("over"); };
-  zone.ondragleave = () => zone.classList.remove("over");
-  zone.ondrop = e => { e.preventDefault(); add(images, e.dataTransfer.files); };
-  return zone;
-}
-"""
-
-# %% ../../nbs/2_use/02_page.ipynb #55cfbd71
-_WORK = r"""
-function draw() {
-  $("classes").replaceChildren(...classes.map((c, i) => {
-    const name = make("input", {type: "text", value: c.name, placeholder: "name of class " + (i + 1), maxLength: 100, ariaLabel: "name of class " + (i + 1)});
-    name.oninput = () => { changed(); c.name = name.value; };
-    const gone = make("button", {textContent: "×", title: "remove this class"});
-    gone.onclick = () => { changed(); classes.splice(i, 1); draw(); };
-    return dropZone(c.images, "class " + (i + 1), name, " ", gone, make("br"));
-  }));
-  $("queries").replaceChildren(dropZone(queries, "the queries"));
-  $("more").disabled = classes.length >= MOST.classes;
-}
-async function ask(path, options) {
-  let reply, found;
-  try { reply = await fetch(path, options); found = await reply.json(); }
-  catch (e) { throw new Error("The page's server does not answer. Was it stopped?"); }
-  if (!reply.ok) throw new Error(found.error);
-  return found;
-}
-async function work(text, job) {
-  const mine = ++turn;
-  say("");
-  $("state").textContent = text;
-  try { const found = await job(); if (mine === turn) { $("state").textContent = ""; return found; } }
-  catch (e) { if (mine === turn) { changed(); say(e.message); } }
-}
-async function classify() {
-  const body = JSON.stringify({names: classes.map(c => c.name), supports: classes.map(c => c.images), queries, share: +$("share").value, lora: $("lora").checked});
-  if (body.length > MOST.request_bytes) { changed(); return say("The images take more than " + (MOST.request_bytes >> 20) + " MB together. Use fewer or smaller ones."); }
-  const found = await work("working ...", () => ask("classify", {method: "POST", headers: {"Content-Type": "application/json"}, body}));
-  if (found) show(found);
-}
-"""
-
-# %% ../../nbs/2_use/02_page.ipynb #fc5a7beb
-_SHOW = r"""
-function bars(names, probabilities, label) {
-  const best = names.indexOf(label), order = names.map((_, i) => i).sort((a, b) => (b === best) - (a === best) || probabilities[b] - probabilities[a]);
-  return order.slice(0, 5).map((i, rank) => {
-    const bar = make("i");
-    bar.style.width = 100 * probabilities[i] + "%";
-    return make("div", {className: rank ? "bar" : "bar best"}, make("span", {textContent: names[i]}), bar, (100 * probabilities[i]).toFixed(1) + " %");
-  });
-}
-function show(a) {
-  $("prototypes").replaceChildren(...a.names.map((name, c) => make("div", {}, make("b", {textContent: name}), make("br"),
-    ...a.supports[c].map((src, i) => make("img", {src, alt: name, className: i === a.central[c] ? "central" : ""})))));
-  $("legend").textContent = `By ${a.about}. Kept: the ${a.n_kept} of ${a.n_patches} patches that the last layer attends to most; the rest is hatched. ` +
-    `Probabilities: softmax of minus squared distances at temperature ${a.temperature}, not calibrated.`;
-  $("rows").replaceChildren(...a.predictions.map((p, i) => make("tr", {className: "prediction"},
-    make("td", {}, make("img", {src: p.seen, alt: "query"}), make("small", {textContent: queries[i].name})), make("td", {}, make("img", {src: p.kept, alt: "kept patches", className: "kept"})),
-    make("td", {}, make("img", {src: a.supports[p.nearest[0]][p.nearest[1]], alt: "most alike"}), make("small", {textContent: a.names[p.nearest[0]]})),
-    make("td", {}, ...bars(a.names, p.probabilities, p.label)))));
-  $("result").hidden = false;
-}
-let seed = 0;
-for (const name of EXAMPLES) $(name).onclick = async () => {
-  const found = await work("drawing the example ...", () => ask(`example/${name}/${seed++}`));
-  if (!found) return;
-  changed();
-  classes = found.names.map((name, i) => ({name, images: found.supports[i]}));
-  queries = found.queries;
-  draw();
-};
-$("more").onclick = () => { changed(); classes.push({name: "", images: []}); draw(); };
-$("go").onclick = classify;
-$("share").oninput = () => { $("percent").textContent = Math.round(100 * $("share").value) + " %"; };
-$("share").onchange = $("lora").onchange = () => { if (!$("result").hidden) classify(); };
-$("with").hidden = !HAS_LORA;
-window.ondragover = window.ondrop = e => e.preventDefault();   // a file dropped beside a box must not replace the page
-draw();
-"""
-
 # %% ../../nbs/2_use/02_page.ipynb #7d5d173f
-def page_files(page: Page) -> dict[str, tuple[str, str]]:
-    "What the browser is given: path -> (kind, text) of the three texts that make up the page."
-    about = page.about.replace('&', '&amp;').replace('<', '&lt;')
-    constants = f'const MOST = {json.dumps(MOST)}, EXAMPLES = {json.dumps(EXAMPLES)}, HAS_LORA = {json.dumps(page.lora is not None)};'
-    return {
-        '/': ('text/html', _BODY.replace('ABOUT', about)),
-        '/page.css': ('text/css', _STYLE),
-        '/page.js': ('text/javascript', _FORM + constants + _WORK + _SHOW),
+_FILES = {'/': ('text/html', 'index.html')}
+_FILES |= {'/page.css': ('text/css', 'page.css'), '/page.js': ('text/javascript', 'page.js')}
+
+
+def page_files(
+    page: Page,  # what it classifies with
+) -> dict[str, tuple[str, str]]:  # path -> (kind, text)
+    "What the browser is given."
+    folder = files('lora_recycle') / 'assets' / 'page'
+    settings = dict(about=page.about, most=MOST, examples=EXAMPLES, lora=page.lora is not None)
+    texts = {
+        path: (kind, (folder / name).read_text(encoding='utf-8'))
+        for path, (kind, name) in _FILES.items()
     }
+    script = f'"use strict";\nconst SETTINGS = {json.dumps(settings)};\n'
+    return texts | {'/settings.js': ('text/javascript', script)}
 
 # %% ../../nbs/2_use/02_page.ipynb #1d3c3ef7
+_JSON = 'application/json'
+
+
 def _reply(page: Page, method: str, path: str, body: bytes) -> tuple[str, str]:
-    "Kind and text of the reply to a legal request; KeyError if there is no such path, ValueError if the request is wrong."
+    "Kind and text of the reply; KeyError if there is no such path, ValueError for a bad request."
     if method == 'POST' and path == '/classify':
-        return 'application/json', json.dumps(
-            classify(page, read_request(parse_json(body, 'the request'), page.side))
-        )
+        request = read_request(parse_json(body, 'the request'), page.backbone.side)
+        return _JSON, json.dumps(classify(page, request))
     if method == 'GET' and path.startswith('/example/') and path.count('/') == 3:
         _, _, name, seed = path.split('/')
         if not (seed.isascii() and seed.isdigit() and len(seed) < 10):
             raise ValueError(f'the seed {seed!r:.20} must be a whole number')
-        return 'application/json', json.dumps(example(name, int(seed)))
+        return _JSON, json.dumps(example(name, int(seed)))
     if method != 'GET':
         raise KeyError(path)
     return page_files(page)[path]
 
 
-def respond(page: Page, method: str, path: str, body: bytes = b'') -> tuple[int, str, bytes]:
-    "Status, kind and content of the reply to one HTTP request; errors are JSON {'error': message}. Never raises."
+def _message(text: str) -> str:
+    "An error as the script of the page reads it."
+    return json.dumps(dict(error=text))
+
+# %% ../../nbs/2_use/02_page.ipynb #f332b9ba
+def respond(
+    page: Page,  # what it classifies with
+    method: str,  # of HTTP
+    path: str,  # without a query
+    body: bytes = b'',  # of the request
+) -> tuple[int, str, bytes]:  # status, kind, content; errors are JSON {'error': message}
+    "The reply to one HTTP request; never raises."
+    status = 200
     try:
-        status, (kind, text) = 200, _reply(page, method, path, body)
+        kind, text = _reply(page, method, path, body)
     except KeyError:
-        status, kind, text = (
-            404,
-            'application/json',
-            json.dumps(dict(error=f'there is no {method} {path[:60]}')),
-        )
+        status = 404
+        text = _message(f'there is no {method} {path[:60]}')
     except ValueError as err:
-        status, kind, text = 400, 'application/json', json.dumps(dict(error=str(err)))
+        status = 400
+        text = _message(str(err))
     except Exception as err:
         traceback.print_exc()
-        status, kind, text = (
-            500,
-            'application/json',
-            json.dumps(
-                dict(
-                    error=f'Something went wrong that should not ({type(err).__name__}); the terminal shows where.'
-                )
-            ),
-        )
-    return status, kind, text.encode()
+        status = 500
+        words = f'Something went wrong that should not ({type(err).__name__}); '
+        text = _message(words + 'the terminal shows where.')
+    return status, kind if status == 200 else _JSON, text.encode()
 
 # %% ../../nbs/2_use/02_page.ipynb #5b86d2d7
-_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_HEADS = {
+    'Content-Security-Policy': _POLICY,
+    'X-Content-Type-Options': 'nosniff',
+    'Referrer-Policy': 'no-referrer',
+    'Cache-Control': 'no-store',
+}
 
 
-class _Handler(BaseHTTPRequestHandler):
-    "One HTTP request: doors, then `respond`."
+class _Sender(BaseHTTPRequestHandler):
+    "What goes back to the browser."
 
     timeout = 60
 
     def _send(self, status: int, kind: str, content: bytes):
-        heads = {
-            'Content-Type': f'{kind}; charset=utf-8',
-            'Content-Length': len(content),
-            'Content-Security-Policy': _POLICY,
-            'X-Content-Type-Options': 'nosniff',
-            'Referrer-Policy': 'no-referrer',
-            'Cache-Control': 'no-store',
-        }
+        "A reply; nothing happens if the browser went away."
+        heads = {'Content-Type': f'{kind}; charset=utf-8', 'Content-Length': len(content)}
         try:
             self.send_response(status)
-            for key, value in heads.items():
+            for key, value in (heads | _HEADS).items():
                 self.send_header(key, value)
             self.end_headers()
             self.wfile.write(content)
         except ConnectionError:
-            pass  # the browser went away
+            pass
 
     def _refuse(self, status: int, message: str):
-        self._send(status, 'application/json', json.dumps(dict(error=message)).encode())
+        "An error as a reply."
+        self._send(status, _JSON, _message(message).encode())
+
+    def log_message(self, *args):
+        "Nothing is logged."
+
+# %% ../../nbs/2_use/02_page.ipynb #f6ab9321
+class _Handler(_Sender):
+    "One HTTP request: doors, then `respond`."
 
     def _answer(self, body: bytes = b''):
+        "Reply to a request that was addressed to this machine by name."
         if not re.fullmatch(r'(127\.0\.0\.1|localhost)(:\d+)?', self.headers.get('Host', '')):
             return self._refuse(403, 'This page answers to 127.0.0.1 and localhost only.')
         with self.server.turn:
-            found = respond(self.server.page, self.command, self.path.partition('?')[0], body)
-        self._send(*found)
+            reply = respond(self.server.page, self.command, self.path.partition('?')[0], body)
+        self._send(*reply)
 
     def do_GET(self):
+        "A file of the page, or an example."
         self._answer()
 
     def do_POST(self):
+        "Images to classify."
         length = self.headers.get('Content-Length', '')
         if not (length.isascii() and length.isdigit()):
             return self._refuse(411, 'The request does not say how long it is.')
-        if self.headers.get_content_type() != 'application/json':
+        if self.headers.get_content_type() != _JSON:
             return self._refuse(415, 'The request must be JSON.')
         if int(length) > MOST['request_bytes']:
-            return self._refuse(
-                413,
-                f'The images take more than {MOST["request_bytes"] >> 20} MB together. Use fewer or smaller ones.',
-            )
+            most = f'{MOST["request_bytes"] >> 20} MB together. Use fewer or smaller ones.'
+            return self._refuse(413, f'The images take more than {most}')
         self._answer(self.rfile.read(int(length)))
 
-    def log_message(self, *args):
-        pass
-
 # %% ../../nbs/2_use/02_page.ipynb #349620da
-def make_server(page: Page, port: int = 0) -> ThreadingHTTPServer:
-    "A server of `page` on 127.0.0.1, bound but not yet serving (`serve_forever`, `shutdown`, `server_close`); port 0 takes a free one, see `server_port`. ValueError if it is taken."
+def make_server(
+    page: Page,  # what it classifies with
+    port: int = 0,  # of 127.0.0.1; 0 takes a free one, see `server_port`
+) -> ThreadingHTTPServer:  # bound, but not yet serving
+    "A server of `page`, see its serve_forever, shutdown, server_close; ValueError."
     try:
         server = ThreadingHTTPServer(('127.0.0.1', check_int('port', port, 0, 65535)), _Handler)
     except OSError as err:
         raise ValueError(
             f'port={port} cannot be opened ({err.strerror}). Choose another; 0 takes a free one.'
         ) from err
-    server.page, server.turn = page, threading.Lock()  # one request at a time works
+    server.page = page
+    server.turn = threading.Lock()  # one request at a time works
     return server
 
 
-def launch(
-    backbone: Backbone | None = None,
-    meta_lora=None,
-    port: int = 7860,
-    temperature: float = 10.0,
-    open_browser: bool = False,
+def serve_page(
+    page: Page,  # what it classifies with
+    port: int = 7860,  # of 127.0.0.1; 0 takes a free one
+    open_browser: bool = False,  # whether to show it at once
 ) -> None:
-    "Serve the page of `make_page(backbone, meta_lora, temperature)` at http://127.0.0.1:port until Ctrl-C. ValueError, FileNotFoundError."
-    with make_server(make_page(backbone, meta_lora, temperature), port) as server:
+    "Serve `page` at http://127.0.0.1:port until Ctrl-C; ValueError."
+    with make_server(page, port) as server:
         url = f'http://127.0.0.1:{server.server_port}/'
-        print(f'{server.page.about}: open {url} in a browser; Ctrl-C ends it', flush=True)
+        print(f'{page.about}: open {url} in a browser; Ctrl-C ends it', flush=True)
         if open_browser:
             webbrowser.open(url)
         try:
@@ -586,42 +505,66 @@ def launch(
         except KeyboardInterrupt:
             pass
 
+# %% ../../nbs/2_use/02_page.ipynb #2ccd3587
+def launch(
+    backbone: Backbone | None = None,  # see `make_page`
+    meta_lora=None,  # likewise
+    port: int = 7860,  # of 127.0.0.1; 0 takes a free one
+    temperature: float | str = 'auto',  # see `make_page`
+    open_browser: bool = False,  # whether to show it at once
+    limits: Limits = Limits(),  # see `make_page`
+) -> None:
+    "Make a page and serve it until Ctrl-C; ValueError, FileNotFoundError."
+    serve_page(make_page(backbone, meta_lora, temperature, limits), port, open_browser)
+
 # %% ../../nbs/2_use/02_page.ipynb #1745a039
-def main(args: list[str] | None = None) -> None:
-    "The command `python -m lora_recycle.use.page`; wrong arguments end it with one line and status 2."
+_OPTIONS = {
+    '--backbone': dict(
+        metavar='FOLDER',
+        help='a CLIP of transformers with config.json and model.safetensors '
+        '(default: the embedded miniature)',
+    ),
+    '--meta': dict(
+        metavar='FOLDER',
+        help='a meta-LoRA written by save_meta_lora (default: for the miniature, '
+        'the average of the shipped LoRAs)',
+    ),
+    '--port': dict(
+        type=int, default=7860, help='of 127.0.0.1; 0 takes a free one (default: %(default)s)'
+    ),
+    '--temperature': dict(
+        default='auto',
+        help='of the softmax, a number (default: what the labelled images decide)',
+    ),
+    '--links': dict(action='store_true', help='follow links in the folder of the meta-LoRA'),
+    '--open': dict(action='store_true', help='open the page in the browser'),
+}
+
+
+def _read_temperature(text: str) -> float | str:
+    "A number, or the text as it is."
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+# %% ../../nbs/2_use/02_page.ipynb #af564e51
+def main(
+    args: list[str] | None = None,  # of the command line; None: those of this process
+) -> None:
+    "The command `python -m lora_recycle.use.page`; wrong arguments end it with status 2."
     parser = argparse.ArgumentParser(
         prog='python -m lora_recycle.use.page',
         description='A local web page to try few-shot classification with a meta-LoRA.',
     )
-    parser.add_argument(
-        '--backbone',
-        metavar='FOLDER',
-        help='a CLIP of transformers with config.json and model.safetensors (default: the embedded miniature)',
-    )
-    parser.add_argument(
-        '--meta',
-        metavar='FOLDER',
-        help='a meta-LoRA written by save_meta_lora (default: for the miniature, the average of the shipped LoRAs)',
-    )
-    parser.add_argument(
-        '--port',
-        type=int,
-        default=7860,
-        help='of 127.0.0.1; 0 takes a free one (default: %(default)s)',
-    )
-    parser.add_argument(
-        '--temperature', type=float, default=10.0, help='of the softmax (default: %(default)s)'
-    )
-    parser.add_argument('--open', action='store_true', help='open the page in the browser')
+    for name, option in _OPTIONS.items():
+        parser.add_argument(name, **option)
     given = parser.parse_args(args)
     try:
-        launch(
-            backbone_from_hf(given.backbone) if given.backbone else None,
-            given.meta,
-            given.port,
-            given.temperature,
-            given.open,
-        )
+        backbone = backbone_from_hf(given.backbone) if given.backbone else None
+        temperature = _read_temperature(given.temperature)
+        page = make_page(backbone, given.meta, temperature, Limits(links=given.links))
+        serve_page(page, given.port, given.open)
     except (ValueError, FileNotFoundError) as err:
         parser.exit(2, f'{err}\n')
 
