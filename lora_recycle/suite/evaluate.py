@@ -18,18 +18,25 @@ from ..method.lora import LoRA
 
 # %% ../../nbs/3_suite/03_evaluate.ipynb #fb7abcb0
 @torch.no_grad()
-def embed(backbone: Backbone, images: Tensor, lora: LoRA | None = None, batch: int = 256) -> Tensor:
-    "Features float32 [n,D_out] of 8-bit images [n,3,H,W], on the CPU; all patches are seen."
+def embed(
+    backbone: Backbone,  # frozen
+    images: Tensor,  # uint8 [n,3,H,W], or `folders.FileImages`
+    lora: LoRA | None = None,  # a single one
+    batch: int = 256,  # images at a time
+) -> Tensor:  # float32 [n,D_out], on the CPU
+    "Features of images; all patches are seen."
     parts = tqdm(images.split(batch), desc='embed', leave=False, disable=len(images) < 20 * batch)
-    return torch.cat(
-        [encode(backbone, normalise(part, backbone), lora).features.cpu() for part in parts]
-    )
+    found = [encode(backbone, normalise(part, backbone), lora).features.cpu() for part in parts]
+    return torch.cat(found)
 
 
 def embed_used(
-    backbone: Backbone, images: Tensor, episodes: Episodes, lora: LoRA | None = None
-) -> Tensor:
-    "`embed` of the images that some episode asks for, each once; zeros [n,D_out] in the rows of the others."
+    backbone: Backbone,  # frozen
+    images: Tensor,  # uint8 [n,3,H,W], or `folders.FileImages`
+    episodes: Episodes,  # T of them
+    lora: LoRA | None = None,  # a single one
+) -> Tensor:  # [n,D_out], zeros in the rows that no episode asks for
+    "`embed` of the images that some episode asks for, each once."
     rows = torch.cat([episodes.support.flatten(), episodes.query.flatten()]).unique()
     if len(rows) == len(images):
         return embed(backbone, images, lora)
@@ -38,22 +45,29 @@ def embed_used(
     return features
 
 # %% ../../nbs/3_suite/03_evaluate.ipynb #053147fd
-def nearest_prototype(features: Tensor, episodes: Episodes, batch: int = 50) -> Tensor:
-    "Predicted class (row of the episode) of every query: int64 [T,way,n_query], from features [n,D_out] of all images."
+def nearest_prototype(
+    features: Tensor,  # of all images [n,D_out]
+    episodes: Episodes,  # T of them
+    batch: int = 50,  # episodes at a time
+) -> Tensor:  # int64 [T,way,n_query]
+    "Predicted class (row of the episode) of every query."
     parts = zip(episodes.support.split(batch), episodes.query.split(batch))
-    return torch.cat(
-        [prototype_logits(features[s], features[q], 'squared').argmax(-1) for s, q in parts]
-    )
+    logits = (prototype_logits(features[s], features[q], 'squared') for s, q in parts)
+    return torch.cat([part.argmax(-1) for part in logits])
 
 
-def right_answers(predicted: Tensor) -> Tensor:
-    "Number of right answers of each episode, int64 [T], from predictions [T,way,n_query] whose row is the class."
+def right_answers(
+    predicted: Tensor,  # [T,way,n_query]; the row is the class
+) -> Tensor:  # int64 [T]
+    "Number of right answers of each episode."
     truth = torch.arange(predicted.shape[1]).view(1, -1, 1)
     return (predicted == truth).sum((1, 2))
 
 
-def interval(values: Tensor) -> tuple[float, float]:
-    "Mean of values [T] and half of its 95 % interval over episodes (1.96 standard errors)."
+def interval(
+    values: Tensor,  # one an episode [T], 2 or more
+) -> tuple[float, float]:  # mean, half width
+    "Mean of values and half of its 95 % interval over episodes (1.96 standard errors)."
     if len(values) < 2:
         raise ValueError(f'an interval needs at least 2 episodes, not {len(values)}; raise n_tasks')
     values = values.double()

@@ -23,22 +23,10 @@ from PIL import Image, ImageDraw, ImageFont
 TYPEFACES = tuple(
     f'{stem}.ttf'
     for stem in (
-        'DejaVuSans',
-        'DejaVuSans-Bold',
-        'DejaVuSans-Oblique',
-        'DejaVuSans-BoldOblique',
-        'DejaVuSerif',
-        'DejaVuSerif-Bold',
-        'DejaVuSerif-Italic',
-        'DejaVuSerif-BoldItalic',
-        'DejaVuSansMono',
-        'DejaVuSansMono-Bold',
-        'DejaVuSansMono-Oblique',
-        'DejaVuSansMono-BoldOblique',
-        'STIXGeneral',
-        'STIXGeneralBol',
-        'STIXGeneralItalic',
-        'STIXGeneralBolIta',
+        *(f'DejaVuSans{kind}' for kind in ('', '-Bold', '-Oblique', '-BoldOblique')),
+        *(f'DejaVuSerif{kind}' for kind in ('', '-Bold', '-Italic', '-BoldItalic')),
+        *(f'DejaVuSansMono{kind}' for kind in ('', '-Bold', '-Oblique', '-BoldOblique')),
+        *(f'STIXGeneral{kind}' for kind in ('', 'Bol', 'Italic', 'BolIta')),
     )
 )
 
@@ -47,28 +35,31 @@ MASK_SIZE = 48  # side of a glyph mask, pixels: larger, so that a turned glyph s
 
 # %% ../../nbs/3_suite/00_glyphs.ipynb #b230f789
 def font_dir() -> Path:
-    "Folder of the typefaces that the installed matplotlib ships. Raises FileNotFoundError naming every missing file."
+    "Folder of the typefaces that matplotlib ships; FileNotFoundError names what is missing."
     import matplotlib
 
     folder = Path(matplotlib.get_data_path()) / 'fonts' / 'ttf'
     missing = [f for f in TYPEFACES if not (folder / f).is_file()]
     if missing:
         raise FileNotFoundError(
-            f'{len(missing)} of {len(TYPEFACES)} typefaces are missing from {folder}: {", ".join(missing)}. '
-            'Reinstall matplotlib: pip install --force-reinstall matplotlib'
+            f'{len(missing)} of {len(TYPEFACES)} typefaces are missing from {folder}: '
+            f'{", ".join(missing)}. Reinstall matplotlib: '
+            'pip install --force-reinstall matplotlib'
         )
     return folder
 
 # %% ../../nbs/3_suite/00_glyphs.ipynb #8ec28d0a
 @lru_cache(maxsize=None)
-def typeface(index: int) -> ImageFont.FreeTypeFont:
-    "Typeface number `index` of `TYPEFACES`, at the size in which masks are drawn."
+def typeface(
+    index: int,  # number in `TYPEFACES`
+) -> ImageFont.FreeTypeFont:
+    "A typeface at the size in which masks are drawn."
     return ImageFont.truetype(str(font_dir() / TYPEFACES[index]), 34)
 
 
 @lru_cache(maxsize=None)
-def coverage() -> dict[int, tuple[int, ...]]:
-    "Code point -> numbers of the typefaces that can draw it."
+def coverage() -> dict[int, tuple[int, ...]]:  # code point -> numbers of typefaces
+    "Which typefaces can draw a character."
     from matplotlib.ft2font import FT2Font
 
     faces = {}
@@ -78,27 +69,30 @@ def coverage() -> dict[int, tuple[int, ...]]:
     return {code: tuple(f) for code, f in faces.items()}
 
 # %% ../../nbs/3_suite/00_glyphs.ipynb #dcd4baa1
+_BASE = (
+    (0x21, 0x250),
+    (0x250, 0x2B0),
+    (0x1E00, 0x1F00),
+    (0x2C60, 0x2C80),
+    (0xA720, 0xA800),
+    (0x1400, 0x1680),
+    (0x2800, 0x2900),
+    (0x2500, 0x2580),
+    (0x25A0, 0x2600),
+    (0x2600, 0x2700),
+    (0x2700, 0x27C0),
+    (0x2100, 0x2190),
+    (0x2300, 0x2400),
+    (0x0E80, 0x0F00),
+    (0x4DC0, 0x4E00),
+    (0x07C0, 0x0800),
+    (0x1680, 0x16A0),
+    (0x2D30, 0x2D80),
+)
+
+# %% ../../nbs/3_suite/00_glyphs.ipynb #0da627c7
 BLOCKS = {
-    'base': (
-        (0x21, 0x250),
-        (0x250, 0x2B0),
-        (0x1E00, 0x1F00),
-        (0x2C60, 0x2C80),
-        (0xA720, 0xA800),
-        (0x1400, 0x1680),
-        (0x2800, 0x2900),
-        (0x2500, 0x2580),
-        (0x25A0, 0x2600),
-        (0x2600, 0x2700),
-        (0x2700, 0x27C0),
-        (0x2100, 0x2190),
-        (0x2300, 0x2400),
-        (0x0E80, 0x0F00),
-        (0x4DC0, 0x4E00),
-        (0x07C0, 0x0800),
-        (0x1680, 0x16A0),
-        (0x2D30, 0x2D80),
-    ),
+    'base': _BASE,
     'greek': ((0x370, 0x400), (0x1F00, 0x2000)),
     'cyrillic': ((0x400, 0x530),),
     'armenian': ((0x530, 0x590),),
@@ -109,64 +103,74 @@ BLOCKS = {
     'arrows': ((0x2190, 0x2200), (0x27F0, 0x2800), (0x2900, 0x2980)),
 }
 
-
+# %% ../../nbs/3_suite/00_glyphs.ipynb #8f7c5cb9
 @dataclass(frozen=True)
 class Glyph:
-    "One class: a character, its Unicode name, and the numbers of the typefaces that can draw it."
+    "One class."
 
-    code: int
-    name: str
-    faces: tuple[int, ...]
+    code: int  # of the character
+    name: str  # Unicode's, in lower case
+    faces: tuple[int, ...]  # numbers of the typefaces that can draw it
 
 # %% ../../nbs/3_suite/00_glyphs.ipynb #ed0d91d2
-def block_glyphs(block: str, min_faces: int = 2) -> list[Glyph]:
-    "All letters, numbers, signs and punctuation of `block` (a key of `BLOCKS`) that `min_faces` typefaces can draw, by code point."
+def _has_a_picture(code: int) -> bool:
+    "Whether a character is a named letter, number, sign or punctuation."
+    char = chr(code)
+    return unicodedata.category(char)[0] in 'LNSP' and bool(unicodedata.name(char, ''))
+
+
+def block_glyphs(
+    block: str,  # of `BLOCKS`
+    min_faces: int = 2,  # typefaces that must be able to draw a character
+) -> list[Glyph]:  # by code point
+    "All letters, numbers, signs and punctuation of a block."
     if block not in BLOCKS:
         raise ValueError(f'block={block!r} is unknown; one of {", ".join(BLOCKS)}')
-    have, found = coverage(), []
+    have = coverage()
+    found = []
     for first, last in BLOCKS[block]:
         for code in range(first, last):
-            faces, char = have.get(code, ()), chr(code)
-            if (
-                len(faces) >= min_faces
-                and unicodedata.category(char)[0] in 'LNSP'
-                and unicodedata.name(char, '')
-            ):
-                found.append(Glyph(code, unicodedata.name(char).lower(), faces))
+            faces = have.get(code, ())
+            if len(faces) >= min_faces and _has_a_picture(code):
+                found.append(Glyph(code, unicodedata.name(chr(code)).lower(), faces))
     return found
 
 # %% ../../nbs/3_suite/00_glyphs.ipynb #27902a95
-def draw_mask(code: int, face: int) -> np.ndarray:
-    "The character `code` in typeface `face`, centred: uint8 [48,48], 255 = ink."
-    font, char = typeface(face), chr(code)
+def draw_mask(
+    code: int,  # of the character
+    face: int,  # number of a typeface that has it
+) -> np.ndarray:  # uint8 [48,48], 255 = ink
+    "A character, centred."
+    font = typeface(face)
+    char = chr(code)
     left, top, right, bottom = font.getbbox(char)
-    width, height = max(right - left, 1), max(bottom - top, 1)
+    width = max(right - left, 1)
+    height = max(bottom - top, 1)
     ink = Image.new('L', (width, height))
     ImageDraw.Draw(ink).text((-left, -top), char, fill=255, font=font)
     shrink = min(1.0, (MASK_SIZE - 6) / max(width, height))
     if shrink < 1:
-        ink = ink.resize(
-            (max(1, round(width * shrink)), max(1, round(height * shrink))), Image.LANCZOS
-        )
+        size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
+        ink = ink.resize(size, Image.LANCZOS)
     mask = Image.new('L', (MASK_SIZE, MASK_SIZE))
     mask.paste(ink, ((MASK_SIZE - ink.width) // 2, (MASK_SIZE - ink.height) // 2))
     return np.asarray(mask)
 
 # %% ../../nbs/3_suite/00_glyphs.ipynb #7477cac6
-def signatures(glyphs: list[Glyph]) -> Tensor:
-    "One picture a glyph, at half resolution, for comparison: float [C,576] in [0,1]."
-    masks = (
-        torch.from_numpy(np.stack([draw_mask(g.code, g.faces[0]) for g in glyphs])).float() / 255
-    )
-    return F.avg_pool2d(masks[:, None], 2).flatten(1)
+def signatures(
+    glyphs: list[Glyph],  # C of them
+) -> Tensor:  # float [C,576] in [0,1]
+    "One picture a glyph, at half resolution, for comparison."
+    masks = np.stack([draw_mask(g.code, g.faces[0]) for g in glyphs])
+    return F.avg_pool2d((torch.from_numpy(masks).float() / 255)[:, None], 2).flatten(1)
 
 
 def without_lookalikes(
-    glyphs: list[Glyph], known: Tensor | None = None, tolerance: float = 0.3
-) -> tuple[list[Glyph], Tensor]:
-    """Glyphs that look like no earlier one and like none of `known` (signatures [K,576]); also their own signatures.
-
-    Empty masks go as well. Two look alike when ||a-b||^2 < (tolerance * larger norm)^2."""
+    glyphs: list[Glyph],  # the first of a group of look-alikes stays
+    known: Tensor | None = None,  # signatures [K,576] of what none may look like
+    tolerance: float = 0.3,  # alike if ||a-b||^2 < (tolerance * larger norm)^2
+) -> tuple[list[Glyph], Tensor]:  # those that stay, and their signatures
+    "Glyphs that look like no earlier one; empty masks go as well."
     signs = signatures(glyphs)
     known = signs[:0] if known is None else known
     everything = torch.cat([known, signs])
@@ -188,15 +192,17 @@ def base_classes() -> tuple[tuple[Glyph, ...], Tensor]:
 
 
 @lru_cache(maxsize=None)
-def glyph_classes(block: str) -> tuple[Glyph, ...]:
-    "The classes of `block`: drawable by two typefaces and free of look-alikes, of base glyphs too."
+def glyph_classes(
+    block: str,  # of `BLOCKS`
+) -> tuple[Glyph, ...]:
+    "The classes of a block: two typefaces, no look-alikes, of base glyphs neither."
     base, signs = base_classes()
     return base if block == 'base' else tuple(without_lookalikes(block_glyphs(block), signs)[0])
 
 # %% ../../nbs/3_suite/00_glyphs.ipynb #a1739c86
 @dataclass(frozen=True)
 class Look:
-    "Ranges from which one image's appearance is drawn; every field 0 (scale 1) gives a plain upright glyph."
+    "Ranges from which an image's appearance is drawn; all 0 (scale 1): a plain glyph."
 
     rotate: float = 0.0  # degrees, +-
     scale: tuple = (1.0, 1.0)  # size range, 1 = as the mask
@@ -213,29 +219,27 @@ class Look:
     colour: float = 1.0  # 0 = white on black, 1 = full palette
 
     def __post_init__(self):
-        for name in ('thin', 'outline', 'contrast', 'colour'):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f'Look.{name}={getattr(self, name)!r} must lie in [0, 1]')
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f'Look.scale={self.scale!r} must be two rising positive numbers')
+        _check_look(self)
 
     def at(self, strength: float) -> 'Look':
-        "This look with pose, blur, noise and gradient scaled to `strength` in [0, 1]: a step of a curriculum."
-        parts = {
-            k: getattr(self, k) * strength
-            for k in (
-                'rotate',
-                'shear',
-                'shift',
-                'perspective',
-                'blur',
-                'noise',
-                'gradient',
-                'thin',
-                'outline',
-            )
-        }
+        "A step of a curriculum: pose, blur, noise and gradient times `strength` in [0, 1]."
+        parts = {k: getattr(self, k) * strength for k in _GROWS}
         return replace(self, scale=tuple(1 + (s - 1) * strength for s in self.scale), **parts)
+
+# %% ../../nbs/3_suite/00_glyphs.ipynb #ab27afb3
+_GROWS = (
+    *('rotate', 'shear', 'shift', 'perspective', 'blur'),
+    *('noise', 'gradient', 'thin', 'outline'),
+)
+
+
+def _check_look(look):
+    "ValueError unless shares lie in [0, 1] and sizes rise."
+    for name in ('thin', 'outline', 'contrast', 'colour'):
+        if not 0 <= getattr(look, name) <= 1:
+            raise ValueError(f'Look.{name}={getattr(look, name)!r} must lie in [0, 1]')
+    if not 0 < look.scale[0] <= look.scale[1]:
+        raise ValueError(f'Look.scale={look.scale!r} must be two rising positive numbers')
 
 # %% ../../nbs/3_suite/00_glyphs.ipynb #5180db53
 PALETTE = {
@@ -254,8 +258,10 @@ PALETTE = {
 }
 
 
-def colour_pairs(contrast: float) -> Tensor:
-    "All (ink, ground) index pairs of `PALETTE` whose luminances differ by at least `contrast`: int64 [K,2]."
+def colour_pairs(
+    contrast: float,  # least difference of luminance
+) -> Tensor:  # int64 [K,2], numbers in `PALETTE`
+    "All pairs of ink and ground with enough contrast."
     rgb = torch.tensor(list(PALETTE.values()))
     luma = rgb @ torch.tensor([0.299, 0.587, 0.114])
     return ((luma[:, None] - luma[None]).abs() >= contrast).nonzero()
@@ -267,7 +273,7 @@ def _uniform(shape: tuple, low: float, high: float, gen: torch.Generator) -> Ten
 
 
 def _poses(n: int, look: Look, gen: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    "Projective matrices [n,3,3] from output to mask coordinates, with the angle (degrees) [n] and size [n] drawn for each."
+    "Projective matrices [n,3,3] from output to mask, angles (degrees) [n] and sizes [n]."
     angle = _uniform((n,), -look.rotate, look.rotate, gen)
     size = _uniform((n,), *look.scale, gen)
     shear, px, py = (
@@ -276,52 +282,58 @@ def _poses(n: int, look: Look, gen: torch.Generator) -> tuple[Tensor, Tensor, Te
     shift = _uniform((n, 2), -2 * look.shift, 2 * look.shift, gen)
     a = torch.deg2rad(angle)
     m = torch.zeros(n, 3, 3)
-    m[:, 0, 0], m[:, 0, 1], m[:, 0, 2] = a.cos() / size, (a.sin() + shear) / size, shift[:, 0]
-    m[:, 1, 0], m[:, 1, 1], m[:, 1, 2] = -a.sin() / size, a.cos() / size, shift[:, 1]
-    m[:, 2, 0], m[:, 2, 1], m[:, 2, 2] = px, py, 1.0
+    m[:, 0, 0] = a.cos() / size
+    m[:, 0, 1] = (a.sin() + shear) / size
+    m[:, 0, 2] = shift[:, 0]
+    m[:, 1, 0] = -a.sin() / size
+    m[:, 1, 1] = a.cos() / size
+    m[:, 1, 2] = shift[:, 1]
+    m[:, 2] = torch.stack([px, py, torch.ones(n)], 1)
     return m, angle, size
 
 # %% ../../nbs/3_suite/00_glyphs.ipynb #33b83723
-def warp(masks: Tensor, matrices: Tensor, side: int) -> Tensor:
-    "Masks [B,1,h,w] seen through projective matrices [B,3,3]: [B,1,side,side]; outside is 0."
+def warp(
+    masks: Tensor,  # [B,1,h,w]
+    matrices: Tensor,  # projective [B,3,3]
+    side: int,  # pixels
+) -> Tensor:  # [B,1,side,side], outside 0
+    "Masks seen through projective matrices."
     axis = (torch.arange(side) + 0.5) / side * 2 - 1
     y, x = torch.meshgrid(axis, axis, indexing='ij')
-    points = torch.stack([x, y, torch.ones_like(x)], -1).reshape(1, -1, 3) @ matrices.transpose(
-        1, 2
-    )
+    points = torch.stack([x, y, torch.ones_like(x)], -1).reshape(1, -1, 3)
+    points = points @ matrices.transpose(1, 2)
     grid = (points[..., :2] / points[..., 2:].clamp_min(0.2)).view(-1, side, side, 2)
     return F.grid_sample(masks, grid, align_corners=False)
 
 
-def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
-    "Each image of [B,C,h,w] blurred with its own `sigma` [B], pixels; 7 taps, edges repeated."
+def gaussian_blur(
+    images: Tensor,  # [B,C,h,w]
+    sigma: Tensor,  # of each [B], pixels
+) -> Tensor:  # [B,C,h,w]
+    "Each image blurred with its own sigma; 7 taps, edges repeated."
     B, C, h, w = images.shape
     taps = torch.exp(-(torch.arange(-3, 4.0) ** 2) / (2 * sigma.clamp_min(1e-3)[:, None] ** 2))
     taps = (taps / taps.sum(1, keepdim=True)).repeat_interleave(C, 0)
     x = F.pad(images.reshape(1, B * C, h, w), (3, 3, 3, 3), mode='replicate')
-    x = F.conv2d(
-        F.conv2d(x, taps.view(-1, 1, 1, 7), groups=B * C), taps.view(-1, 1, 7, 1), groups=B * C
-    )
+    x = F.conv2d(x, taps.view(-1, 1, 1, 7), groups=B * C)
+    x = F.conv2d(x, taps.view(-1, 1, 7, 1), groups=B * C)
     return x.view(B, C, h, w)
 
 # %% ../../nbs/3_suite/00_glyphs.ipynb #13c80744
 def _strokes(masks: Tensor, look: Look, gen: torch.Generator) -> Tensor:
-    "Thinned or outlined copies of masks [B,1,48,48] in [0,1], each with the probability that `look` gives."
+    "Thinned or outlined copies of masks [B,1,48,48], each with its probability in `look`."
     B = len(masks)
-    thin, outline = (
-        torch.rand(B, generator=gen) < look.thin,
-        torch.rand(B, generator=gen) < look.outline,
-    )
+    thin = torch.rand(B, generator=gen) < look.thin
+    outline = torch.rand(B, generator=gen) < look.outline
     if thin.any():
-        masks = torch.where(
-            thin[:, None, None, None], -F.max_pool2d(-masks, 3, 1, 1) * 0.7 + masks * 0.3, masks
-        )
+        thinner = -F.max_pool2d(-masks, 3, 1, 1) * 0.7 + masks * 0.3
+        masks = torch.where(thin[:, None, None, None], thinner, masks)
     if outline.any():
         contour = (F.max_pool2d(masks, 3, 1, 1) + F.max_pool2d(-masks, 3, 1, 1)).clamp(0, 1)
         masks = torch.where(outline[:, None, None, None], contour, masks)
     return masks
 
-
+# %% ../../nbs/3_suite/00_glyphs.ipynb #7b031e45
 def _paint(ink: Tensor, look: Look, gen: torch.Generator) -> tuple[Tensor, Tensor]:
     "Colours for ink [B,1,h,w]: images [B,3,h,w] and the palette indices (ink, ground) [B,2]."
     B, _, h, w = ink.shape
@@ -331,7 +343,8 @@ def _paint(ink: Tensor, look: Look, gen: torch.Generator) -> tuple[Tensor, Tenso
     plain = torch.tensor([1.0, 0.0]).view(1, 2, 1)
     rgb = plain + (rgb - plain) * look.colour
     direction = F.normalize(torch.randn(B, 2, generator=gen), dim=1) * look.gradient
-    y, x = torch.linspace(-1, 1, h).view(1, 1, h, 1), torch.linspace(-1, 1, w).view(1, 1, 1, w)
+    y = torch.linspace(-1, 1, h).view(1, 1, h, 1)
+    x = torch.linspace(-1, 1, w).view(1, 1, 1, w)
     tilt = direction[:, 0].view(-1, 1, 1, 1) * x + direction[:, 1].view(-1, 1, 1, 1) * y
     tint = torch.randn(B, 3, 1, 1, generator=gen) * 0.5 + 0.5
     ground = rgb[:, 1, :, None, None] + tilt * tint
@@ -339,12 +352,12 @@ def _paint(ink: Tensor, look: Look, gen: torch.Generator) -> tuple[Tensor, Tenso
 
 # %% ../../nbs/3_suite/00_glyphs.ipynb #d5fa1c5b
 def render(
-    masks: Tensor, look: Look, gen: torch.Generator, side: int = IMAGE_SIZE
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Images of glyph masks in a look.
-
-    masks: uint8 [B,48,48]. Returns float32 images [B,3,side,side] in [0,1] and what was drawn: `ink`, `ground`
-    (palette indices [B]), `angle` (degrees [B]), `size` [B]."""
+    masks: Tensor,  # uint8 [B,48,48]
+    look: Look,  # from which each image's appearance is drawn
+    gen: torch.Generator,  # drawn from
+    side: int = IMAGE_SIZE,  # pixels
+) -> tuple[Tensor, dict[str, Tensor]]:  # [B,3,side,side] in [0,1]; ink, ground, angle, size [B]
+    "Images of glyph masks in a look, and what was drawn."
     B = len(masks)
     matrices, angle, size = _poses(B, look, gen)
     ink = warp(_strokes(masks[:, None].float() / 255, look, gen), matrices, side)
@@ -355,31 +368,35 @@ def render(
     if look.blur:
         images = gaussian_blur(images, _uniform((B,), 0, look.blur, gen))
     if look.noise:
-        images = images + torch.randn(images.shape, generator=gen) * _uniform(
-            (B, 1, 1, 1), 0, look.noise, gen
-        )
+        noise = torch.randn(images.shape, generator=gen)
+        images = images + noise * _uniform((B, 1, 1, 1), 0, look.noise, gen)
     return images.clamp(0, 1), dict(ink=colours[:, 0], ground=colours[:, 1], angle=angle, size=size)
 
 # %% ../../nbs/3_suite/00_glyphs.ipynb #80304e83
-def face_words(face: int) -> list[str]:
-    "Words for a typeface: family, weight, slant."
+def face_words(
+    face: int,  # number of the typeface
+) -> list[str]:  # family, weight, slant
+    "Words for a typeface."
     name = TYPEFACES[face].lower()
     family = 'mono' if 'mono' in name else 'serif' if 'serif' in name or 'stix' in name else 'sans'
-    return [
-        family,
-        'bold' if 'bol' in name else 'regular',
-        'slanted' if 'obl' in name or 'ita' in name else 'upright',
-    ]
+    weight = 'bold' if 'bol' in name else 'regular'
+    slant = 'slanted' if 'obl' in name or 'ita' in name else 'upright'
+    return [family, weight, slant]
 
-
-def caption(glyph: Glyph, face: int, drawn: dict[str, Tensor], i: int, mention: list[bool]) -> str:
-    "What picture `i` shows: six attributes, each if `mention`ed, around the Unicode name; at most 15 words, the ground always among them."
-    colours, angle, size = list(PALETTE), float(drawn['angle'][i]), float(drawn['size'][i])
-    words = [
-        *face_words(face),
-        'big' if size > 0.9 else 'tiny',
-        'left' if angle > 8 else 'right' if angle < -8 else 'straight',
-    ]
+# %% ../../nbs/3_suite/00_glyphs.ipynb #0b7fecf7
+def caption(
+    glyph: Glyph,  # its class
+    face: int,  # number of the typeface
+    drawn: dict[str, Tensor],  # from `render`
+    i: int,  # which picture
+    mention: list[bool],  # which of the six attributes are named
+) -> str:  # at most 15 words, the ground always among them
+    "What a picture shows: attributes around the Unicode name."
+    colours = list(PALETTE)
+    angle = float(drawn['angle'][i])
+    size = float(drawn['size'][i])
+    pose = 'left' if angle > 8 else 'right' if angle < -8 else 'straight'
+    words = [*face_words(face), 'big' if size > 0.9 else 'tiny', pose]
     before = [w for w, m in zip(words, mention[:5]) if m]
     ink = [colours[drawn['ink'][i]]] if mention[5] else []
     ground = ['on', colours[drawn['ground'][i]]] if mention[5] else []
