@@ -6,34 +6,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lora_recycle.method.backbone import encode, normalise
 from lora_recycle.core import Cache, generator
-from lora_recycle.suite.images import ImageSet, load_set
-from lora_recycle.method.distill import DistillConfig, Embedder, Pool, Task, distill
-from lora_recycle.suite.episodes import draw_episodes
-from lora_recycle.rivals.finetune import HubConfig
+from lora_recycle.jobs import Executor
+from lora_recycle.method.backbone import encode, normalise
+from lora_recycle.method.chain import SETTINGS, Chain, Machine, Named, Recipe
+from lora_recycle.method.distill import DistillConfig, Embedder, Pool, distill
 from lora_recycle.method.lora import new_lora
 from lora_recycle.method.market import MarketConfig, private_data
-from lora_recycle.suite.miniature import load_clip, load_miniature, tokenise
-from lora_recycle.method.chain import SCALES, Chain
+from lora_recycle.rivals.features import zero_shot
+from lora_recycle.rivals.finetune import HubConfig
 from lora_recycle.rivals.text import (
-    by_text,
-    every_class_rows,
     hub_named,
     mole_named,
     name_texts,
-    text_hub,
-    text_inverted,
     text_logits,
     text_loss,
-    text_market,
-    text_meta,
-    text_mole,
-    text_pool,
     text_tasks,
     tune_named,
     with_texts,
 )
+from lora_recycle.suite.episodes import draw_episodes
+from lora_recycle.suite.evaluate import embed_used
+from lora_recycle.suite.images import ImageSet, load_set
+from lora_recycle.suite.miniature import load_clip, load_miniature, tokenise
 
 CONFIG = DistillConfig(steps=6, tasks=2, n_query=2, rank=4, cycle=6, warmup=2, lr=4e-3, flip=0.0)
 
@@ -63,15 +58,20 @@ def pool():
 
 @pytest.fixture
 def run(tmp_path, backbone):
-    scale = replace(
-        SCALES['smoke'],
-        n_tasks=6,
-        hub=HubConfig(steps=2, images=20),
-        invert=replace(SCALES['smoke'].invert, steps=2, per_class=4),
-        distill=replace(SCALES['smoke'].distill, steps=2),
-        market=replace(SCALES['smoke'].market, steps=2, batch=10),
+    smoke = SETTINGS['smoke']
+    settings = replace(
+        smoke,
+        invert=replace(smoke.invert, steps=2, per_class=4),
+        distill=replace(smoke.distill, steps=2),
+        market=replace(smoke.market, steps=2, batch=10),
     )
-    return Chain(backbone, scale, 0, Cache(tmp_path), ('armenian', 'greek'))
+    machine = Machine(executor=Executor('here'))
+    return Chain(backbone, Named(('armenian', 'greek')), settings, 0, Cache(tmp_path), machine)
+
+
+def named_loss(backbone, lora, teachers, task, config=None):
+    student = Embedder(backbone, lora)
+    return text_loss(student, Embedder(backbone, teachers), task, config or CONFIG)
 
 
 def test_texts_are_those_of_the_tower_and_the_prompt_touches_the_sets_name_only(run):
@@ -107,45 +107,40 @@ def test_text_logits_do_not_know_the_length_of_a_feature(pool):
 @pytest.mark.parametrize('mixed', [False, True])
 def test_loss_finds_the_planted_names(backbone, pool, mixed):
     images, teachers = pool
-    views, m, c = text_tasks(backbone, images, CONFIG, mixed, generator(0, 'tasks'))
-    student, market = Embedder(backbone), Embedder(backbone, teachers)
-    loss, accuracy = text_loss(student, market, Task(views, mixed, m, c), CONFIG)
+    task = text_tasks(backbone, images, CONFIG, mixed, generator(0, 'tasks'))
+    loss, accuracy = named_loss(backbone, None, teachers, task)
     assert accuracy == 1 and loss < (0.3 if mixed else 1e-5)
-    turned, worse = text_loss(student, market, Task(views, mixed, m, c.roll(1, 1)), CONFIG)
+    turned, worse = named_loss(backbone, None, teachers, replace(task, c=task.c.roll(1, 1)))
     if mixed:
         assert worse < 0.5 and turned > loss + 1  # names of other classes
-    else:
-        assert (
-            abs(turned - loss) < 1e-5
-        )  # teacher and student read the same names: the same distribution
+    else:  # teacher and student read the same names: the same distribution
+        assert abs(turned - loss) < 1e-5
 
 
 def test_distillation_has_its_minimum_at_the_teacher(backbone, pool):
     images, teachers = pool
     tuned = replace(teachers, B=torch.randn(teachers.B.shape, generator=generator(0, 'B')) * 0.3)
-    views, m, c = text_tasks(
-        backbone, images, replace(CONFIG, tasks=1), False, generator(0, 'tasks')
-    )
-    own, other = int(m[0, 0]), (int(m[0, 0]) + 1) % 3
-    task = Task(views, False, m, c)
+    config = replace(CONFIG, tasks=1)
+    task = text_tasks(backbone, images, config, False, generator(0, 'tasks'))
+    first = int(task.m[0, 0])
     losses = [
-        text_loss(Embedder(backbone, tuned[i]), Embedder(backbone, tuned), task, CONFIG)[0].item()
-        for i in (own, other)
+        named_loss(backbone, tuned[i], tuned, task)[0].item() for i in (first, (first + 1) % 3)
     ]
     assert abs(losses[0]) < 1e-5 < losses[1]
 
 
 def test_kept_patches_are_all_that_is_seen(backbone, pool):
     images, teachers = pool
-    views, m, c = text_tasks(backbone, images, CONFIG, True, generator(0, 'tasks'))
-    keep = torch.arange(9).expand(*views.shape[:3], -1)
-    changed = views.clone()
+    task = text_tasks(backbone, images, CONFIG, True, generator(0, 'tasks'))
+    keep = torch.arange(9).expand(*task.images.shape[:3], -1)
+    changed = task.images.clone()
     changed[..., 12:, :] = 5.0  # patches 0 to 8 lie in the upper two rows of six
-    market = Embedder(backbone, teachers)
-    loss = lambda x, k: text_loss(Embedder(backbone), market, Task(x, True, m, c, k), CONFIG)[0]
-    assert torch.equal(loss(views, keep), loss(changed, keep)) and not torch.equal(
-        loss(views, None), loss(changed, None)
-    )
+
+    def loss(x, kept):
+        return named_loss(backbone, None, teachers, replace(task, images=x, kept=kept))[0]
+
+    assert torch.equal(loss(task.images, keep), loss(changed, keep))
+    assert not torch.equal(loss(task.images, None), loss(changed, None))
 
 
 @pytest.mark.parametrize('start', ['zero', 'average'])
@@ -218,11 +213,9 @@ def test_lorahub_is_no_worse_than_its_start(backbone, pool):
     images, market = market_with_one_good(pool)
     hub = HubConfig(steps=8, images=40)
     made = hub_named(backbone, market, images, CONFIG, hub, generator(0, 'hub'))
-    views, m, c = text_tasks(
-        backbone, images, replace(CONFIG, tasks=2), True, generator(0, 'fresh')
-    )
-    task, teachers = Task(views, True, m, c), Embedder(backbone, market)
-    loss = lambda lora: text_loss(Embedder(backbone, lora), teachers, task, CONFIG)[0]
+    config = replace(CONFIG, tasks=2)
+    task = text_tasks(backbone, images, config, True, generator(0, 'fresh'))
+    loss = lambda lora: named_loss(backbone, lora, market, task)[0]
     assert made.rank == 2 and loss(made) < loss(market[0])
     assert torch.equal(
         made.A, hub_named(backbone, market, images, CONFIG, hub, generator(0, 'hub')).A
@@ -230,50 +223,41 @@ def test_lorahub_is_no_worse_than_its_start(backbone, pool):
 
 
 def test_stages_come_back_from_the_cache_and_depend_on_their_source(run):
-    made = [
-        text_market(run).lora.B,
-        text_inverted(run),
-        text_meta(run)[0].B,
-        text_mole(run).B,
-        text_hub(run).B,
-    ]
-    first = len(run.cache.log)
-    again = [
-        text_market(run).lora.B,
-        text_inverted(run),
-        text_meta(run)[0].B,
-        text_mole(run).B,
-        text_hub(run).B,
-    ]
-    assert all(torch.equal(a, b) for a, b in zip(made, again)) and {
-        entry[2] for entry in run.cache.log[first:]
-    } == {'hit'}
-    kinds = {entry[0] for entry in run.cache.log}
-    assert kinds == {'text_market', 'text_inverted', 'text_meta', 'text_mole', 'text_hub'}
-    other = replace(run, seed=1)
-    assert not torch.equal(text_meta(other)[0].B, made[2])
-    assert not torch.equal(text_meta(run, start='zero')[0].A[..., :4], text_meta(run)[0].A[..., :4])
+    def make(chain):
+        return [chain.market().lora.B, chain.images().images, chain.meta(Recipe(), 0).lora.B]
+
+    found = make(run)
+    fresh = replace(run, store=Cache(run.store.folder))
+    assert all(torch.equal(a, b) for a, b in zip(make(fresh), found))
+    outcomes = [o for part in (fresh, *fresh.parts) for _, _, o, _ in part.store.log]
+    assert set(outcomes) == {'hit'}
+    assert {kind for kind, *_ in fresh.store.log} == {'market', 'inverted', 'meta'}
+    assert not torch.equal(make(replace(run, seed=1))[2], found[2])
+    average = run.meta(Recipe('average'), 0).lora
+    assert not torch.equal(average.A, run.meta(Recipe(), 0).lora.A)
 
 
 def test_real_images_fit_the_loras_of_a_mixed_market(run):
-    market, real = text_market(run), text_pool(run, 'real')
-    assert real.shape == text_inverted(run).shape == (4, 5, 4, 3, 36, 36)
-    for i, source in enumerate(run.parts):
+    market, real = run.market(), run.pool(Recipe(pool='real')).images
+    assert real.shape == run.images().images.shape == (4, 5, 4, 3, 36, 36)
+    for i, part in enumerate(run.parts):
         for j in range(2):
-            own = {
-                im.numpy().tobytes()
-                for im in source.data.images[
-                    torch.isin(source.data.labels, market.classes[2 * i + j])
-                ]
-            }
-            assert all(im.numpy().tobytes() in own for im in real[2 * i + j].flatten(0, 1))
+            classes = market.classes[2 * i + j]
+            known = part.data.images[torch.isin(part.data.labels, classes)]
+            known = {im.numpy().tobytes() for im in known}
+            assert all(im.numpy().tobytes() in known for im in real[2 * i + j].flatten(0, 1))
+
+
+def predict_names(run, data, episodes, prompt=True):
+    "Zero-shot with the plain backbone."
+    features = embed_used(run.backbone, data.images, episodes, None)
+    return zero_shot(features, episodes, name_texts(run, data, prompt))
 
 
 def test_the_support_is_not_looked_at(run):
     data = load_set('digits')
     episodes = draw_episodes(data, 'test', 6, 5, 1)
-    predict = by_text(lambda run: None)
-    same = predict(run, data, episodes)
+    same = predict_names(run, data, episodes)
     blank = replace(
         data,
         images=data.images.index_fill(
@@ -288,7 +272,8 @@ def test_the_support_is_not_looked_at(run):
         ),
     )
     assert (
-        torch.equal(same, predict(run, blank, episodes, 0)) and same.shape == episodes.query.shape
+        torch.equal(same, predict_names(run, blank, episodes))
+        and same.shape == episodes.query.shape
     )
 
 
@@ -311,37 +296,9 @@ def test_names_of_latin_letters_are_found(run):
         ),
     )
     turned = replace(named, classes=named.classes[5:] + named.classes[:5])
-    methods = {('Zero-shot CLIP', ''): by_text(lambda run: None)}
     episodes = draw_episodes(data, 'test', 50, 5, 1)
     right = [
-        (methods['Zero-shot CLIP', ''](run, d, episodes) == torch.arange(5).view(1, 5, 1))
-        .float()
-        .mean()
+        (predict_names(run, d, episodes) == torch.arange(5).view(1, 5, 1)).float().mean()
         for d in (named, turned)
     ]
     assert right[0] > right[1]
-
-
-def test_rows_of_the_harder_question(run):
-    methods = {
-        ('Zero-shot CLIP', ''): by_text(lambda run: None),
-        ('Zero-shot CLIP', 'plain'): by_text(lambda run: None, prompt=False),
-    }
-    rows = every_class_rows('zero_shot', run, methods, ('digits', 'armenian'))
-    assert list(zip(rows['dataset'], rows['variant'])) == [
-        (d, v) for d in ('digits', 'armenian') for v in ('', 'plain')
-    ]
-    assert (
-        rows['value'].between(0, 100).all()
-        and (rows['ci95'] > 0).all()
-        and set(rows['metric']) == {'all_way_accuracy'}
-    )
-    digits = load_set('digits')
-    episodes = draw_episodes(digits, 'test', 1, 10, 1, run.scale.n_query)
-    by_hand = (
-        (by_text(lambda run: None)(run, digits, episodes)[0] == torch.arange(10)[:, None])
-        .float()
-        .mean()
-        .item()
-    )
-    assert rows['value'][0] == pytest.approx(100 * by_hand, abs=1e-3)

@@ -6,7 +6,7 @@
 __all__ = ['STARTS', 'POOLS', 'STAGES', 'PRIORS', 'PRECISIONS', 'NATURAL', 'SETTINGS', 'WHOLE_RATE', 'Recipe', 'Settings',
            'Machine', 'apply_recipe', 'Files', 'weights_file', 'cnn_prior', 'Tuned', 'Named', 'Given', 'TuneInputs',
            'InvertInputs', 'PoolInputs', 'MetaInputs', 'Stage', 'shipped_market', 'Meta', 'Chain', 'load_priors',
-           'chain_on', 'make_stage', 'compute']
+           'list_tune_inputs', 'chain_on', 'make_stage', 'compute']
 
 # %% ../../nbs/1_method/05_chain.ipynb #4b87c55d
 import json
@@ -756,6 +756,15 @@ def _tune_stages(part: Chain, recipe: Recipe, n: int) -> list[Stage]:
     total = apply_recipe(part.settings, recipe).market.n_loras
     size = part.machine.tune_chunk or total
     return [_tune_stage(part, recipe, first) for first in range(0, min(n, total), size)]
+
+# %% ../../nbs/1_method/05_chain.ipynb #d0ba3d5e
+def list_tune_inputs(
+    chain: Chain,  # on one set
+    recipe: Recipe = Recipe(),  # may change the market
+) -> list[TuneInputs]:  # of each batch that is tuned at once
+    "All that a chain's LoRAs depend on: what their keys are digests of."
+    stages = _tune_stages(chain, recipe, apply_recipe(chain.settings, recipe).market.n_loras)
+    return [stage.inputs for stage in stages]
 
 # %% ../../nbs/1_method/05_chain.ipynb #d867ff1c
 def _read_loras(part: Chain, recipe: Recipe, n: int) -> Market:
