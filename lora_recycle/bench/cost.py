@@ -21,10 +21,8 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet50
 from tqdm import tqdm
 
 from ..core import check_choice, check_int, generator
@@ -285,6 +283,8 @@ def random_prior(
     seed: int = 0,  # of the weights
 ) -> nn.Module:
     "A frozen ResNet-50 with random weights: 53 batch-norm layers, as the paper's prior."
+    from torchvision.models import resnet50  # slow to import
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return resnet50(weights=None).eval().requires_grad_(False)
@@ -295,8 +295,10 @@ def interleaved(
     repeats: int = 5,  # rounds that are recorded
     warmup: int = 1,  # rounds before, not recorded
     clock: Callable = time.perf_counter,  # () -> seconds
-) -> pd.DataFrame:  # seconds; one row a round, one column a step
+) -> 'pd.DataFrame':  # seconds; one row a round, one column a step
     "Run all `steps` in turn, round after round, and time each."
+    import pandas as pd
+
     check_int('repeats', repeats, 1)
     check_int('warmup', warmup, 0)
 
@@ -314,9 +316,11 @@ def interleaved(
 
 
 def compare(
-    times: pd.DataFrame,  # from `interleaved`
-) -> pd.DataFrame:  # one row a step: seconds, its_per_s, ratio, low, high
+    times: 'pd.DataFrame',  # from `interleaved`
+) -> 'pd.DataFrame':  # one row a step: seconds, its_per_s, ratio, low, high
     "Medians, and ratios to the first column (above 1 is faster) with their range in a round."
+    import pandas as pd
+
     first = times.iloc[:, 0]
     median = times.median()
     ratios = (1 / times).mul(first, axis=0)
@@ -571,8 +575,10 @@ def measure_costs(
     batch: int,  # images in a step; the paper's: 25 (inversion), 100 (meta-training)
     shape: ViTShape = VIT_B16,  # of the backbone
     timing: Timing = Timing(),  # rounds, memory, device, seed
-) -> pd.DataFrame:  # columns method, title, backbone, dataset, metric, value
+) -> 'pd.DataFrame':  # columns method, title, backbone, dataset, metric, value
     "The cost columns of a table, on random weights and images of noise."
+    import pandas as pd
+
     for line in study.lines:
         check_plan(dict(line.plan or ()), shape.layers)
     rows = []

@@ -22,7 +22,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -729,8 +728,10 @@ def stem_flops_g(name: str) -> float:
     return 2 * (stem + patches) / 1e9
 
 
-def model_table(rank: int = 4) -> pd.DataFrame:
+def model_table(rank: int = 4) -> 'pd.DataFrame':
     "One row a model: keys of its checkpoint, millions of frozen parameters, shape, parameters of a LoRA of `rank` on q and v, operations of a forward pass (10^9, one image)."
+    import pandas as pd
+
     rows = []
     for name, model in MODELS.items():
         s, sizes = (

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..method.backbone import Backbone, from_open_clip
+from ..method.backbone import Backbone
 from ..core import check_choice, load_tensors
 from .glyphs import PALETTE, glyph_classes
 from lora_recycle.suite.mobilenet import (
@@ -236,9 +236,10 @@ def load_miniature(
     tensors = {k.removeprefix('visual.'): t for k, t in found if k.startswith('visual.')}
     if name == PHOTO:
         return build_photo_backbone(tensors, shipped('prior', PHOTO))
-    tower = _open_clip(name).visual
-    tower.load_state_dict(tensors, strict=True)
-    return from_open_clip(tower, name, 'gelu')
+    vision = clip_config(0)['vision_cfg']
+    heads = vision['width'] // vision['head_width']
+    tensors = {k: t.float() for k, t in tensors.items()}
+    return Backbone(name, tensors, heads=heads, patch=MINIATURES[name].patch)
 
 # %% ../../nbs/3_suite/04_miniature.ipynb #22501031
 def load_prior(

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import mobilenet_v2
 
 from ..method.backbone import StemConv
 
@@ -36,6 +35,8 @@ def _open_weights(path) -> dict[str, Tensor]:
 # %% ../../nbs/3_suite/00_mobilenet.ipynb #91ba0f15
 def new_mobilenet() -> nn.Sequential:  # images [B,3,H,W] -> maps [B,1280,H/32,W/32]
     "The convolutional part of torchvision's MobileNetV2, random weights, frozen, in eval mode."
+    from torchvision.models import mobilenet_v2  # slow to import
+
     return mobilenet_v2(weights=None).features.eval().requires_grad_(False)
 
 
