@@ -17,8 +17,7 @@ import pandas as pd
 from .results import episode_key, read_episodes, read_rows
 from .methods import SCALES
 from .tables import TABLES, chosen_methods
-from ..core import check_choice, plain
-from ..method.chain import check_parameters, project_folder
+from ..core import check_choice, check_parameters, plain, project_folder
 
 # %% ../../nbs/5_bench/07_runs.ipynb #5f5a33dd
 @dataclass(frozen=True)
