@@ -4,72 +4,68 @@
 
 # %% auto #0
 __all__ = ['PlainAttention', 'PlainBlock', 'drop_tokens', 'seen_patches', 'PlainViT', 'LoRALinear', 'wrap_lora', 'BatchNormHook',
-           'hook_prior', 'plain_losses', 'plain_inversion_step', 'plain_meta_step', 'plain_fresh_step', 'plain_invert',
+           'HookedPrior', 'plain_losses', 'plain_inversion_step', 'plain_meta_step', 'plain_fresh_step', 'plain_invert',
            'plain_tune', 'plain_evaluate', 'market_step', 'solve_step']
 
 # %% ../../nbs/5_bench/06_reference.ipynb #9e438e2a
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..method.backbone import Backbone, blank_dropped, check_plan, denormalise, normalise
+from .cost import ViTShape, n_kept_patches, random_backbone, random_prior
 from ..core import check_int, generator
-from lora_recycle.bench.cost import (
-    ViTShape,
-    n_kept_patches,
-    random_backbone,
-    random_prior,
-    shape_of,
-)
-from ..suite.images import ImageSet
+from ..method.backbone import Backbone, blank_dropped, check_plan, denormalise, normalise
 from ..method.distill import DistillConfig, augment, prototype_logits
-from ..suite.episodes import Episodes, draw_episodes
-from ..suite.evaluate import nearest_prototype
 from lora_recycle.method.inversion import (
     Canvas,
-    InvertConfig,
     InversionProblem,
-    Priors,
+    InvertConfig,
     descend_pixels,
     random_view,
 )
 from ..method.lora import LoRA, new_lora
 from ..method.market import MarketConfig
+from ..suite.episodes import Episodes, draw_episodes
+from ..suite.evaluate import nearest_prototype
+from ..suite.images import ImageSet
 
 # %% ../../nbs/5_bench/06_reference.ipynb #405c8f2d
 class PlainAttention(nn.Module):
-    "Self-attention of tokens [B,N,D] with projections of their own; returns (mixed tokens, softmax matrix [B,H,N,N])."
+    "Self-attention with projections of their own, which hands back its softmax matrix."
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            nn.Linear(width, width) for _ in range(4)
-        )
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        "See the class."
+        "Mixed tokens [B,N,D] and the softmax matrix [B,H,N,N]."
         B, N, D = x.shape
-        q, k, v = (
-            p(x).view(B, N, self.heads, -1).transpose(1, 2)
-            for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        split = lambda p: p(x).view(B, N, self.heads, -1).transpose(1, 2)
+        q = split(self.q_proj)
+        k = split(self.k_proj)
         weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1)
-        return self.out_proj((weights @ v).transpose(1, 2).reshape(B, N, D)), weights
+        mixed = (weights @ split(self.v_proj)).transpose(1, 2).reshape(B, N, D)
+        return self.out_proj(mixed), weights
 
-
+# %% ../../nbs/5_bench/06_reference.ipynb #405c8f2e
 class PlainBlock(nn.Module):
     "One layer, as open_clip names its parts."
 
     def __init__(self, backbone: Backbone, hidden: int):
         super().__init__()
-        D, self.act = backbone.width, backbone.act
-        self.ln_1, self.ln_2 = (nn.LayerNorm(D, eps=backbone.eps) for _ in range(2))
-        self.attn, self.c_fc, self.c_proj = (
-            PlainAttention(D, backbone.heads),
-            nn.Linear(D, hidden),
-            nn.Linear(hidden, D),
-        )
+        D = backbone.width
+        self.act = backbone.act
+        self.ln_1 = nn.LayerNorm(D, eps=backbone.eps)
+        self.ln_2 = nn.LayerNorm(D, eps=backbone.eps)
+        self.attn = PlainAttention(D, backbone.heads)
+        self.c_fc = nn.Linear(D, hidden)
+        self.c_proj = nn.Linear(hidden, D)
 
     def mlp(self, x: Tensor) -> Tensor:
         "The perceptron of tokens [B,N,D]."
@@ -77,8 +73,12 @@ class PlainBlock(nn.Module):
         return self.c_proj(F.gelu(h) if self.act == 'gelu' else h * torch.sigmoid(1.702 * h))
 
 # %% ../../nbs/5_bench/06_reference.ipynb #63c2a33b
-def drop_tokens(x: Tensor, weights: Tensor, ratio: float) -> Tensor:
-    "Tokens [B,N,D] without the int(n*ratio) of n patches that [CLS] attends to least, from attention weights [B,H,N,N]; a loop over the images."
+def drop_tokens(
+    x: Tensor,  # tokens [B,N,D], [CLS] first
+    weights: Tensor,  # attention [B,H,N,N]
+    ratio: float,  # share of the patches that goes, [0, 1)
+) -> Tensor:  # [B,K+1,D]
+    "Tokens without the patches that [CLS] attends to least; a loop over the images."
     parts = []
     for tokens, row in zip(x, weights.mean(1)[:, 0, 1:]):
         stay = row.topk(n_kept_patches(len(row), ratio)).indices.sort().values
@@ -86,48 +86,39 @@ def drop_tokens(x: Tensor, weights: Tensor, ratio: float) -> Tensor:
     return torch.stack(parts)
 
 
-def seen_patches(images: Tensor, patch: int) -> list[Tensor]:
-    "For each of the images [B,3,H,W] the numbers of its patches that are not zero all over; a loop over the images."
-    return [
-        F.unfold(image[None], patch, stride=patch)[0].ne(0).any(0).nonzero()[:, 0]
-        for image in images
-    ]
+def seen_patches(
+    images: Tensor,  # [B,3,H,W]
+    patch: int,  # side of a patch, pixels
+) -> list[Tensor]:  # numbers of patches, for each image
+    "The patches of each image that are not zero all over; a loop over the images."
+    unfold = lambda image: F.unfold(image[None], patch, stride=patch)[0]
+    return [unfold(image).ne(0).any(0).nonzero()[:, 0] for image in images]
 
 # %% ../../nbs/5_bench/06_reference.ipynb #dd5f8326
 class PlainViT(nn.Module):
-    "The transformer of `backbone` as modules with weights of their own, frozen; a LoRA is put into it by `wrap_lora`."
+    "The transformer of `backbone` as modules with weights of their own, frozen."
 
     def __init__(self, backbone: Backbone):
         super().__init__()
-        w, self.patch = backbone.weights, backbone.patch
-        if 'conv1.bias' in w or 'ln_pre.weight' not in w:
-            raise ValueError(
-                f'{backbone.name} is no tower of CLIP: the reference knows only those with ln_pre and a patch embedding without bias'
-            )
+        w = backbone.weights
+        _check_clip(backbone)
+        D = backbone.width
         hidden = len(w['transformer.resblocks.0.mlp.c_fc.weight'])
-        self.conv1 = nn.Conv2d(3, backbone.width, self.patch, self.patch, bias=False)
-        self.ln_pre, self.ln_post = (
-            nn.LayerNorm(backbone.width, eps=backbone.eps) for _ in range(2)
-        )
+        self.patch = backbone.patch
+        self.conv1 = nn.Conv2d(3, D, self.patch, self.patch, bias=False)
+        self.ln_pre = nn.LayerNorm(D, eps=backbone.eps)
+        self.ln_post = nn.LayerNorm(D, eps=backbone.eps)
         self.blocks = nn.ModuleList(PlainBlock(backbone, hidden) for _ in range(backbone.layers))
-        self.start, self.positions, self.proj = (
-            nn.Parameter(w[k].clone()) for k in ('class_embedding', 'positional_embedding', 'proj')
-        )
+        self.start = nn.Parameter(w['class_embedding'].clone())
+        self.positions = nn.Parameter(w['positional_embedding'].clone())
+        self.proj = nn.Parameter(w['proj'].clone())
         self.load_state_dict(_by_module(w), strict=False)
         self.to(backbone.device).requires_grad_(False)
 
     def forward(self, images: Tensor, plan: dict | None = None, masked: bool = False) -> Tensor:
-        "Features [B,D_out] of normalised images [B,3,H,W]; `masked`: patches that are zero all over do not enter (equally many in each image)."
-        plan, x = check_plan(plan, len(self.blocks)), self.conv1(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.start.expand(len(x), 1, -1), x], 1) + self.positions
-        if masked:
-            x = torch.stack(
-                [
-                    torch.cat([t[:1], t[1:][stay]])
-                    for t, stay in zip(x, seen_patches(images, self.patch))
-                ]
-            )
-        x = self.ln_pre(x)
+        "Features [B,D_out]; `masked`: patches that are zero all over do not enter."
+        plan = check_plan(plan, len(self.blocks))
+        x = _embed_tokens(self, images, masked)
         for layer, block in enumerate(self.blocks):
             mixed, weights = block.attn(block.ln_1(x))
             x = x + mixed
@@ -135,6 +126,25 @@ class PlainViT(nn.Module):
                 x = drop_tokens(x, weights, plan[layer])
             x = x + block.mlp(block.ln_2(x))
         return self.ln_post(x[:, 0]) @ self.proj
+
+# %% ../../nbs/5_bench/06_reference.ipynb #40e83625
+def _embed_tokens(model: PlainViT, images: Tensor, masked: bool) -> Tensor:
+    "Tokens [B,N,D] that enter the first layer; equally many of each image."
+    x = model.conv1(images).flatten(2).transpose(1, 2)
+    x = torch.cat([model.start.expand(len(x), 1, -1), x], 1) + model.positions
+    if masked:
+        seen = seen_patches(images, model.patch)
+        x = torch.stack([torch.cat([t[:1], t[1:][stay]]) for t, stay in zip(x, seen)])
+    return model.ln_pre(x)
+
+# %% ../../nbs/5_bench/06_reference.ipynb #dd5f8327
+def _check_clip(backbone: Backbone):
+    "ValueError unless the backbone is a tower of CLIP."
+    if 'conv1.bias' in backbone.weights or 'ln_pre.weight' not in backbone.weights:
+        raise ValueError(
+            f'{backbone.name} is no tower of CLIP: the reference knows only those '
+            'with ln_pre and a patch embedding without bias'
+        )
 
 
 def _by_module(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -145,9 +155,8 @@ def _by_module(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if 'in_proj_' not in k:
             named[k] = t
         else:
-            named |= {
-                k.replace('in_proj_', f'{p}_proj.'): part for p, part in zip('qkv', t.chunk(3))
-            }
+            parts = zip('qkv', t.chunk(3))
+            named |= {k.replace('in_proj_', f'{p}_proj.'): part for p, part in parts}
     return named
 
 # %% ../../nbs/5_bench/06_reference.ipynb #643b8dd3
@@ -156,24 +165,28 @@ class LoRALinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, A: Tensor, B: Tensor):
         super().__init__()
-        self.linear, self.A, self.B = linear, nn.Parameter(A.clone()), nn.Parameter(B.clone())
+        self.linear = linear
+        self.A = nn.Parameter(A.clone())
+        self.B = nn.Parameter(B.clone())
 
     def forward(self, x: Tensor) -> Tensor:
         "Both paths, added: [B,N,D]."
         return self.linear(x) + x @ self.A @ self.B
 
 
-def wrap_lora(backbone: Backbone, lora: LoRA) -> PlainViT:
-    "A new model with one `lora` put into its q and v projections; `model.head` is the LoRA's head if it has one."
+def wrap_lora(
+    backbone: Backbone,  # a tower of CLIP
+    lora: LoRA,  # a single one on q and v, with or without a head
+) -> PlainViT:  # `model.head` is the LoRA's head if it has one
+    "A new model with one LoRA put into its projections."
     if lora.size is not None:
         raise ValueError(
             f'a market of {lora.size} LoRAs does not fit into one model; give one of them'
         )
     model = PlainViT(backbone)
     for block, A, B in zip(model.blocks, lora.A, lora.B):
-        block.attn.q_proj, block.attn.v_proj = (
-            LoRALinear(p, a, b) for p, a, b in zip((block.attn.q_proj, block.attn.v_proj), A, B)
-        )
+        block.attn.q_proj = LoRALinear(block.attn.q_proj, A[0], B[0])
+        block.attn.v_proj = LoRALinear(block.attn.v_proj, A[1], B[1])
     if lora.W is not None:
         model.head = nn.Linear(*lora.W.shape).to(lora.W.device)
         model.head.load_state_dict(dict(weight=lora.W.T, bias=lora.b))
@@ -181,7 +194,7 @@ def wrap_lora(backbone: Backbone, lora: LoRA) -> PlainViT:
 
 # %% ../../nbs/5_bench/06_reference.ipynb #597bbb34
 class BatchNormHook:
-    "Notes how far mean and variance of what enters a batch-norm layer are from the stored ones (Eq. 2), each time the network is called."
+    "Notes how far what enters a batch-norm layer is from the stored statistics (Eq. 2)."
 
     def __init__(self, layer: nn.BatchNorm2d):
         layer.register_forward_hook(self.note)
@@ -190,118 +203,115 @@ class BatchNormHook:
         "`term` = the two norms of this layer."
         x = inputs[0]
         var = x.permute(1, 0, 2, 3).contiguous().view(x.shape[1], -1).var(1, correction=0)
-        self.term = (layer.running_var - var).norm() + (
-            layer.running_mean - x.mean((0, 2, 3))
-        ).norm()
+        mean = x.mean((0, 2, 3))
+        self.term = (layer.running_var - var).norm() + (layer.running_mean - mean).norm()
 
+# %% ../../nbs/5_bench/06_reference.ipynb #c7b1ceed
+class HookedPrior:
+    "A network with a hook on every batch-norm layer; its weights ask for gradients."
 
-def hook_prior(prior: nn.Module | None) -> list[BatchNormHook]:
-    "Hooks on every batch-norm layer of `prior`, whose weights from now on ask for gradients. None: no hooks."
-    if prior is None:
-        return []
-    prior.requires_grad_()
-    return [BatchNormHook(m) for m in prior.modules() if isinstance(m, nn.BatchNorm2d)]
+    def __init__(self, net: nn.Module, alpha: float = 0.01):
+        self.net = net.requires_grad_()
+        self.alpha = alpha
+        layers = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+        self.hooks = [BatchNormHook(layer) for layer in layers]
+
+    def term(self, images: Tensor) -> Tensor:
+        "alpha times R_BN of normalised images [B,3,H,W]."
+        self.net(images)
+        return self.alpha * sum(hook.term for hook in self.hooks)
 
 
 def plain_losses(
-    model: PlainViT,
-    images: Tensor,
-    labels: Tensor,
-    plan: dict | None = None,
-    prior: nn.Module | None = None,
-    hooks: list = (),
-    alpha: float = 0.01,
-) -> Tensor:
-    "Cross-entropy of normalised images [B,3,H,W] under the LoRA in `model`, plus `alpha` times R_BN of the hooked `prior`."
+    model: PlainViT,  # with a LoRA and its head
+    images: Tensor,  # normalised [B,3,H,W]
+    labels: Tensor,  # [B]
+    plan: dict | None = None,  # {layer: ratio}
+    prior: HookedPrior | None = None,  # None: cross-entropy alone
+) -> Tensor:  # one number
+    "Eq. 1 for the LoRA in `model`."
     loss = F.cross_entropy(model.head(model(images, plan)), labels)
-    if prior is not None:
-        prior(images)
-        loss = loss + alpha * sum(h.term for h in hooks)
-    return loss
+    return loss if prior is None else loss + prior.term(images)
 
 # %% ../../nbs/5_bench/06_reference.ipynb #a9c04967
 def plain_inversion_step(
-    backbone: Backbone,
-    prior: nn.Module | None,
-    batch: int,
-    plan: dict | None = None,
-    way: int = 5,
-    seed: int = 0,
-):
-    "The plain twin of `cost.inversion_step`: a function that does one optimiser step on `batch` images and returns its loss."
+    backbone: Backbone,  # a tower of CLIP
+    prior: nn.Module | None,  # of Eq. 2; None: cross-entropy only
+    batch: int,  # images
+    plan: dict | None = None,  # {layer: ratio}
+    way: int = 5,  # classes of the LoRA
+    seed: int = 0,  # of start, LoRA and views
+) -> Callable:  # function () -> loss
+    "The plain twin of `cost.inversion_step`."
     check_int('batch', batch, 1)
-    gen, shape, device = generator(seed, 'cost', 'inversion'), shape_of(backbone), backbone.device
+    gen = generator(seed, 'cost', 'inversion')
     config = InvertConfig(alpha_bn=0.0 if prior is None else 0.01)
-    W = torch.randn(1, shape.out_dim, way, generator=gen)[0] / shape.out_dim**0.5
-    fresh = new_lora(shape.layers, shape.width, 4, gen, n=1)[0]
-    model = wrap_lora(
-        backbone, LoRA(fresh.A, fresh.B, W, torch.zeros(way)).map(lambda t: t.to(device))
-    )
-    labels, canvas, hooks = (
-        (torch.arange(batch) % way).to(device),
-        Canvas(batch, config, backbone, gen),
-        hook_prior(prior),
-    )
-    x = canvas.pixels
-    opt = torch.optim.Adam([x], lr=config.lr, betas=(0.5, 0.99))
-
-    def step():
-        opt.zero_grad()
-        loss = plain_losses(model, random_view(x, config, gen), labels, plan, prior, hooks)
-        loss.backward()
-        opt.step()
-        with torch.no_grad():
-            canvas.clamp_()
-        return loss.detach()
-
-    return step
+    W = torch.randn(1, backbone.out_dim, way, generator=gen)[0] / backbone.out_dim**0.5
+    fresh = new_lora(backbone.layers, backbone.width, 4, gen, n=1)[0]
+    lora = LoRA(fresh.A, fresh.B, W, torch.zeros(way)).map(lambda t: t.to(backbone.device))
+    model = wrap_lora(backbone, lora)
+    labels = (torch.arange(batch) % way).to(backbone.device)
+    canvas = Canvas(batch, config, backbone, gen)
+    hooked = None if prior is None else HookedPrior(prior)
+    return lambda: _plain_descend(model, canvas, config, labels, plan, hooked)
 
 
-def plain_meta_step(
-    backbone: Backbone,
-    batch: int,
-    sparsity: float = 0.0,
-    way: int = 5,
-    shot: int = 1,
-    seed: int = 0,
-):
-    "The plain twin of `cost.meta_step`: dropped patches are zeros in the image, and are found again image by image."
-    gen, shape, device, per = (
-        generator(seed, 'cost', 'meta'),
-        shape_of(backbone),
-        backbone.device,
-        batch // way,
-    )
-    if batch % way or per <= shot:
+def _plain_descend(model, canvas, config, labels, plan, prior) -> Tensor:
+    "One optimiser step on the pixels; the loss before it."
+    canvas.opt.zero_grad()
+    view = random_view(canvas.pixels, config, canvas.gen)
+    loss = plain_losses(model, view, labels, plan, prior)
+    loss.backward()
+    canvas.opt.step()
+    with torch.no_grad():
+        canvas.clamp_()
+    return loss.detach()
+
+# %% ../../nbs/5_bench/06_reference.ipynb #a9c04968
+def _check_batch(batch: int, way: int, shot: int):
+    "ValueError unless `batch` images make a task."
+    if batch % way or batch // way <= shot:
         raise ValueError(
-            f'batch={batch} makes no {way}-way {shot}-shot task; give a multiple of {way}, {way * (shot + 1)} or more'
+            f'batch={batch} makes no {way}-way {shot}-shot task; '
+            f'give a multiple of {way}, {way * (shot + 1)} or more'
         )
-    config = DistillConfig(way=way, shot=shot, n_query=per - shot)
-    images = torch.randint(
-        256, (batch, 3, shape.side, shape.side), dtype=torch.uint8, generator=gen
-    )
-    keep = (
-        torch.rand(batch, shape.n_patches, generator=gen)
-        .argsort(1)[:, : n_kept_patches(shape.n_patches, sparsity)]
-        .sort(1)
-        .values.to(device)
-    )
-    model = wrap_lora(
-        backbone, new_lora(shape.layers, shape.width, 4, gen).map(lambda t: t.to(device))
-    )
-    opt, labels = (
-        torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.lr),
-        torch.arange(way, device=device).repeat_interleave(per - shot),
-    )
 
-    def step():
+
+def _draw_task(backbone: Backbone, batch: int, sparsity: float, gen) -> tuple[Tensor, Tensor]:
+    "Images of noise uint8 [B,3,H,W] and the patches that stay [B,K]."
+    size = (batch, 3, backbone.side, backbone.side)
+    images = torch.randint(256, size, dtype=torch.uint8, generator=gen)
+    order = torch.rand(batch, backbone.n_patches, generator=gen).argsort(1)
+    keep = order[:, : n_kept_patches(backbone.n_patches, sparsity)].sort(1).values
+    return images, keep.to(backbone.device)
+
+# %% ../../nbs/5_bench/06_reference.ipynb #a9c04969
+def plain_meta_step(
+    backbone: Backbone,  # a tower of CLIP
+    batch: int,  # images of one task
+    sparsity: float = 0.0,  # share of the patches that never enter
+    way: int = 5,  # classes
+    shot: int = 1,  # support images of each class
+    seed: int = 0,  # of images, patches and LoRA
+) -> Callable:  # function () -> loss
+    "The plain twin of `cost.meta_step`: dropped patches are zeros, found again one by one."
+    _check_batch(batch, way, shot)
+    gen = generator(seed, 'cost', 'meta')
+    per = batch // way
+    config = DistillConfig(way=way, shot=shot, n_query=per - shot)
+    images, keep = _draw_task(backbone, batch, sparsity, gen)
+    lora = new_lora(backbone.layers, backbone.width, 4, gen)
+    model = wrap_lora(backbone, lora.map(lambda t: t.to(backbone.device)))
+    opt = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.lr)
+    labels = torch.arange(way, device=backbone.device).repeat_interleave(per - shot)
+
+    def step() -> Tensor:
+        "One step."
         x = normalise(augment(images.float() / 255, config, gen), backbone)
-        features = model(
-            blank_dropped(x, keep, backbone.patch) if sparsity else x, masked=bool(sparsity)
-        ).view(1, way, per, -1)
-        loss = F.cross_entropy(
-            prototype_logits(features[:, :, :shot], features[:, :, shot:]).flatten(0, 2), labels
-        )
+        x = blank_dropped(x, keep, backbone.patch) if sparsity else x
+        features = model(x, masked=bool(sparsity)).view(1, way, per, -1)
+        logits = prototype_logits(features[:, :, :shot], features[:, :, shot:])
+        loss = F.cross_entropy(logits.flatten(0, 2), labels)
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -311,162 +321,124 @@ def plain_meta_step(
 
 # %% ../../nbs/5_bench/06_reference.ipynb #380ca6d7
 def plain_fresh_step(
-    shape: tuple,
-    batch: int,
-    plan: dict | None = None,
-    sparsity: float | None = None,
-    with_prior: bool = False,
-    device: str = 'cpu',
-    seed: int = 0,
-):
-    "The plain twin of `cost.fresh_step`: a step of inversion if there is a `plan`, else of meta-training, on a random backbone of `shape`."
+    shape: tuple,  # fields of a `ViTShape`, in order
+    batch: int,  # images
+    line: dict | None = None,  # 'plan' and 'prior' of an inversion, or 'sparsity'
+    device: str = 'cpu',  # where it runs
+    seed: int = 0,  # of weights and step
+) -> Callable:  # function () -> loss
+    "The plain twin of `cost.fresh_step`."
     backbone = random_backbone(ViTShape(*shape), generator(seed, 'cost')).to(device)
-    if plan is None:
-        return plain_meta_step(backbone, batch, sparsity, seed=seed)
-    return plain_inversion_step(
-        backbone, random_prior(seed).to(device) if with_prior else None, batch, plan, seed=seed
-    )
+    line = line or {}
+    if 'plan' not in line:
+        return plain_meta_step(backbone, batch, line.get('sparsity', 0.0), seed=seed)
+    prior = random_prior(seed).to(device) if line.get('prior') else None
+    return plain_inversion_step(backbone, prior, batch, line['plan'], seed=seed)
 
 # %% ../../nbs/5_bench/06_reference.ipynb #b8672139
 def plain_invert(
-    backbone: Backbone,
-    lora: LoRA,
-    side: int,
-    config: InvertConfig,
-    gen: torch.Generator,
-    prior: nn.Module | None = None,
-) -> Tensor:
-    "Images uint8 [way,n,3,H,W] of one LoRA with head, by the paper's recipe (roll, mirror, Eq. 1-2); see `inversion.invert`."
-    model, hooks, way = wrap_lora(backbone, lora), hook_prior(prior), lora.W.shape[-1]
-    labels, canvas = (
-        torch.arange(way, device=backbone.device).repeat_interleave(config.per_class),
-        Canvas(way * config.per_class, config, backbone, gen),
-    )
-    x, best, lowest = canvas.pixels, None, float('inf')
-    opt = torch.optim.Adam([x], lr=config.lr, betas=(0.5, 0.99))
+    backbone: Backbone,  # a tower of CLIP; the images have its side
+    lora: LoRA,  # one, with a head
+    config: InvertConfig,  # steps, images a class, rate, plan
+    gen: torch.Generator,  # start and views
+    prior: nn.Module | None = None,  # of Eq. 2
+) -> Tensor:  # uint8 [way,n,3,H,W]
+    "Images of one LoRA by the paper's recipe (roll, mirror, Eq. 1-2); see `inversion.invert`."
+    model = wrap_lora(backbone, lora)
+    hooked = None if prior is None else HookedPrior(prior, config.alpha_bn)
+    way = lora.W.shape[-1]
+    labels = torch.arange(way, device=backbone.device).repeat_interleave(config.per_class)
+    canvas = Canvas(way * config.per_class, config, backbone, gen)
+    lowest = float('inf')
     for _ in range(config.steps):
-        opt.zero_grad()
-        loss = plain_losses(
-            model,
-            random_view(x, config, gen),
-            labels,
-            dict(config.plan),
-            prior,
-            hooks,
-            config.alpha_bn,
-        )
-        loss.backward()
-        if loss.item() < lowest:
-            best, lowest = x.detach().clone(), loss.item()
-        opt.step()
-        with torch.no_grad():
-            canvas.clamp_()
-    return (
-        (denormalise(best, backbone) * 255)
-        .round()
-        .to(torch.uint8)
-        .view(way, config.per_class, 3, side, side)
-        .cpu()
-    )
+        before = canvas.pixels.detach().clone()
+        loss = _plain_descend(model, canvas, config, labels, dict(config.plan), hooked).item()
+        if loss < lowest:
+            best = before
+            lowest = loss
+    pixels = (denormalise(best, backbone) * 255).round().to(torch.uint8)
+    return pixels.view(way, config.per_class, *pixels.shape[1:]).cpu()
 
-
+# %% ../../nbs/5_bench/06_reference.ipynb #b8672140
 def plain_tune(
-    backbone: Backbone,
-    images: Tensor,
-    labels: Tensor,
-    way: int,
-    config: MarketConfig,
-    gen: torch.Generator,
+    backbone: Backbone,  # a tower of CLIP
+    images: Tensor,  # uint8 [n,3,H,W]
+    labels: Tensor,  # [n]
+    way: int,  # classes
+    config: MarketConfig,  # rank, rate, steps, batch
+    gen: torch.Generator,  # start and batches
 ) -> PlainViT:
-    "A model with one LoRA and head tuned on images uint8 [n,3,H,W] with labels [n]; see `market.tune_market`."
+    "A model with one LoRA and head, tuned; see `market.tune_market`."
     fresh = new_lora(backbone.layers, backbone.width, config.rank, gen)
-    model = wrap_lora(
-        backbone,
-        LoRA(fresh.A, fresh.B, torch.zeros(backbone.out_dim, way), torch.zeros(way)).map(
-            lambda t: t.to(backbone.device)
-        ),
-    )
+    head = (torch.zeros(backbone.out_dim, way), torch.zeros(way))
+    lora = LoRA(fresh.A, fresh.B, *head).map(lambda t: t.to(backbone.device))
+    model = wrap_lora(backbone, lora)
     opt = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.lr)
     for _ in range(config.steps):
         rows = torch.randint(len(images), (config.batch,), generator=gen)
-        loss = F.cross_entropy(
-            model.head(model(normalise(images[rows], backbone))), labels[rows].to(backbone.device)
-        )
+        logits = model.head(model(normalise(images[rows], backbone)))
+        loss = F.cross_entropy(logits, labels[rows].to(backbone.device))
         opt.zero_grad()
         loss.backward()
         opt.step()
     return model
 
-
+# %% ../../nbs/5_bench/06_reference.ipynb #67fc4611
 @torch.no_grad()
 def plain_evaluate(
-    backbone: Backbone, model: PlainViT, images: Tensor, episodes: Episodes
-) -> Tensor:
-    "Predictions [T,way,n_query] of nearest prototypes; support and query images of every episode go through the model."
-
-    def features(rows):
-        return model(normalise(images[rows.flatten()], backbone)).view(1, *rows.shape, -1)
-
-    return torch.cat(
-        [
-            prototype_logits(features(s), features(q), 'squared').argmax(-1)
-            for s, q in zip(episodes.support, episodes.query)
-        ]
-    ).cpu()
+    backbone: Backbone,  # whose normalisation the images get
+    model: PlainViT,  # with or without a LoRA
+    images: Tensor,  # uint8 [n,3,H,W]
+    episodes: Episodes,  # of these images
+) -> Tensor:  # [T,way,n_query]
+    "Nearest prototypes; the images of every episode go through the model anew."
+    ask = lambda rows: model(normalise(images[rows.flatten()], backbone))
+    found = []
+    for s, q in zip(episodes.support, episodes.query):
+        support = ask(s).view(1, *s.shape, -1)
+        query = ask(q).view(1, *q.shape, -1)
+        found.append(prototype_logits(support, query, 'squared').argmax(-1))
+    return torch.cat(found).cpu()
 
 # %% ../../nbs/5_bench/06_reference.ipynb #a7040854
 def market_step(
-    loras: int = 4,
-    images: int = 20,
-    side: int = 36,
-    way: int = 5,
-    device: str = 'cpu',
-    seed: int = 0,
-):
-    "A function that does one step of inversion (Eq. 1 without prior) on `images` images of `side` pixels (patches of 6) of each of `loras` LoRAs, all in one batch."
+    loras: int = 4,  # in one batch
+    images: int = 20,  # of each
+    side: int = 36,  # of an image, pixels; patches of 6
+    way: int = 5,  # classes of a LoRA
+    device: str = 'cpu',  # where it runs
+    seed: int = 0,  # of weights, LoRAs and start
+) -> Callable:  # function () -> mean loss
+    "A function that does one step of inversion (Eq. 1 without prior) of several LoRAs."
     for name, value in (('loras', loras), ('images', images)):
         check_int(name, value, 1)
-    gen, config = generator(seed, 'market step'), InvertConfig(alpha_bn=0.0)
-    backbone = random_backbone(ViTShape('miniature', side, 6, 128, 4, 4, 128), gen, 'gelu').to(
-        device
-    )
+    gen = generator(seed, 'market step')
+    config = InvertConfig(alpha_bn=0.0)
+    shape = ViTShape('miniature', side, 6, 128, 4, 4, 128)
+    backbone = random_backbone(shape, gen, 'gelu').to(device)
     fresh = new_lora(backbone.layers, backbone.width, 4, gen, n=loras)
-    lora = LoRA(
-        fresh.A,
-        fresh.B,
-        torch.randn(loras, backbone.out_dim, way, generator=gen),
-        torch.zeros(loras, way),
-    ).map(lambda t: t.to(device))
-    labels, canvas = (
-        (torch.arange(images, device=device) % way).repeat(loras),
-        Canvas(loras * images, config, backbone, gen),
-    )
+    head = (torch.randn(loras, backbone.out_dim, way, generator=gen), torch.zeros(loras, way))
+    lora = LoRA(fresh.A, fresh.B, *head).map(lambda t: t.to(device))
+    labels = (torch.arange(images, device=device) % way).repeat(loras)
+    canvas = Canvas(loras * images, config, backbone, gen)
     problem = InversionProblem(backbone, lora, labels, config)
     return lambda: descend_pixels(problem, canvas).mean()
 
-
+# %% ../../nbs/5_bench/06_reference.ipynb #a7040855
 def solve_step(
-    episodes: int = 600,
-    way: int = 5,
-    shot: int = 1,
-    width: int = 128,
-    device: str = 'cpu',
-    seed: int = 0,
-):
-    "A function that draws `episodes` episodes from 60 classes of 20 images and solves them with nearest prototypes on random features of `width`: [T,way,15]."
-    names, gen = tuple(f'class {c}' for c in range(60)), generator(seed, 'solve step')
-    data = ImageSet(
-        'noise',
-        torch.zeros(1200, 3, 1, 1, dtype=torch.uint8),
-        torch.arange(60).repeat_interleave(20),
-        names,
-        dict(train=(), val=(), test=tuple(range(60))),
-    )
+    episodes: int = 600,  # how many
+    way: int = 5,  # classes of one
+    shot: int = 1,  # support images of a class
+    width: int = 128,  # of a feature
+    device: str = 'cpu',  # where it runs
+    seed: int = 0,  # of features and episodes
+) -> Callable:  # function () -> predictions [T,way,15]
+    "A function that draws episodes from 60 classes of 20 images of noise and solves them."
+    names = tuple(f'class {c}' for c in range(60))
+    gen = generator(seed, 'solve step')
+    splits = dict(train=(), val=(), test=tuple(range(60)))
+    images = torch.zeros(1200, 3, 1, 1, dtype=torch.uint8)
+    data = ImageSet('noise', images, torch.arange(60).repeat_interleave(20), names, splits)
     features = torch.randn(1200, width, generator=gen).to(device)
-
-    def step():
-        return nearest_prototype(
-            features, draw_episodes(data, 'test', episodes, way, shot, seed=seed)
-        )
-
-    return step
+    draw = lambda: draw_episodes(data, 'test', episodes, way, shot, seed=seed)
+    return lambda: nearest_prototype(features, draw())
