@@ -757,7 +757,7 @@ def _tune_stages(part: Chain, recipe: Recipe, n: int) -> list[Stage]:
     size = part.machine.tune_chunk or total
     return [_tune_stage(part, recipe, first) for first in range(0, min(n, total), size)]
 
-# %% ../../nbs/1_method/05_chain.ipynb #d0ba3d5e
+# %% ../../nbs/1_method/05_chain.ipynb #82608dbe
 def list_tune_inputs(
     chain: Chain,  # on one set
     recipe: Recipe = Recipe(),  # may change the market
