@@ -20,14 +20,10 @@ INSTALL, TEST, JOB = (
     'OMP_NUM_THREADS=1 nbdev_test --n_workers 2 && OMP_NUM_THREADS=1 pytest -q -n 2',
     'papermill nbs/run_table.ipynb',
 )
-# what `requirements` in settings.ini calls it -> what Python calls it
-IMPORTS = {
+# what settings.ini calls it -> what Python calls it
+PLAIN = {
     'torch': 'torch',
     'torchvision': 'torchvision',
-    'open_clip_torch': 'open_clip',
-    'timm': 'timm',
-    'pandas': 'pandas',
-    'seaborn': 'seaborn',
     'scikit-learn': 'sklearn',
     'safetensors': 'safetensors',
     'tqdm': 'tqdm',
@@ -35,9 +31,17 @@ IMPORTS = {
     'pillow': 'PIL',
     'numpy': 'numpy',
     'huggingface_hub': 'huggingface_hub',
-    'nevergrad': 'nevergrad',
     'filelock': 'filelock',
 }
+BENCH = {
+    'open_clip_torch': 'open_clip',
+    'timm': 'timm',
+    'pandas': 'pandas',
+    'seaborn': 'seaborn',
+    'nevergrad': 'nevergrad',
+}
+DOOR = ('LoRA', 'load_backbone', 'load_set', 'read_market', 'average', 'recycle')
+DOOR += ('FewShotClassifier',)
 FOR_DEVELOPERS = {
     'nbdev',
     'papermill',
@@ -77,29 +81,35 @@ def python(code):
     return done.stdout
 
 
+def names_of(settings, key):
+    return {re.split('[<>=!~]', r)[0] for r in settings[key].split()}
+
+
+def imported(node):
+    "What is imported by `node` of a syntax tree from outside of its own package."
+    if isinstance(node, ast.Import):
+        return {a.name.split('.')[0] for a in node.names}
+    if isinstance(node, ast.ImportFrom) and not node.level:
+        return {(node.module or 'lora_recycle').split('.')[0]}
+    return set()
+
+
 def test_modules_import_only_what_is_required(settings):
-    required = {re.split('[<>=!~]', r)[0] for r in settings['requirements'].split()}
-    assert required == set(IMPORTS)
-    allowed = {*sys.stdlib_module_names, *IMPORTS.values(), 'lora_recycle'}
-    optional = {
-        re.split('[<>=!~]', r)[0] for r in settings['ray_requirements'].split()
-    }  # for those who have a cluster: only inside functions
+    assert names_of(settings, 'requirements') == set(PLAIN)
+    assert names_of(settings, 'bench_requirements') == set(BENCH)
+    optional = names_of(settings, 'ray_requirements')  # for those who have a cluster
+    allowed = {*sys.stdlib_module_names, *PLAIN.values(), *BENCH.values(), 'lora_recycle'}
     for path in (ROOT / 'lora_recycle').rglob('*.py'):
-        top = ast.parse(path.read_text(encoding='utf-8')).body
-        assert not optional & {
-            a.name.split('.')[0] for node in top if isinstance(node, ast.Import) for a in node.names
-        }, f'{path.name} needs an optional package at once'
-        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
-            names = (
-                [a.name for a in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module or 'lora_recycle']
-                if isinstance(node, ast.ImportFrom) and not node.level
-                else []
-            )
-            assert {n.split('.')[0] for n in names} <= allowed | optional, (
-                f'{path.name}: {ast.unparse(node)}'
-            )
+        tree = ast.parse(path.read_text(encoding='utf-8'))
+        at_once = set().union(*map(imported, tree.body))
+        assert not optional & at_once, f'{path.name} needs an optional package at once'
+        for node in ast.walk(tree):
+            assert imported(node) <= allowed | optional, f'{path.name}: {ast.unparse(node)}'
+
+
+def test_developers_get_both_extras():
+    setup = (ROOT / 'setup.py').read_text(encoding='utf-8')
+    assert re.search(r"'dev': .* \+ bench \+ ray", setup)
 
 
 def test_the_library_works_without_the_tools_of_developers():
@@ -122,9 +132,41 @@ def test_the_first_import_is_light():
     assert python("import lora_recycle, sys; print('torch' in sys.modules)").strip() == 'False'
 
 
+def test_the_front_door_needs_no_extra():
+    "Its names, and the ten lines, work where only the plain requirements are installed."
+    absent = sorted({*BENCH.values(), *FOR_DEVELOPERS} - {'IPython'})
+    words = python(
+        'import sys\n'
+        f'sys.modules.update(dict.fromkeys({absent!r}))\n'  # None: as if not installed
+        'from importlib.resources import files\n'
+        'import lora_recycle as lr\n'
+        'for name in lr.__all__: getattr(lr, name)\n'
+        "print(*lr.__all__); print('torchvision' in sys.modules)\n"
+        "backbone = lr.load_backbone('miniature')\n"
+        "market, _ = lr.read_market(files('lora_recycle') / 'assets/market', backbone)\n"
+        "digits = lr.load_set('digits')\n"
+        'model = lr.FewShotClassifier(backbone, lr.average(market))\n'
+        'model.fit(digits.images[:20], digits.labels[:20])\n'
+        'print(model.score(digits.images[20:60], digits.labels[20:60]) > 0.5)'
+    ).splitlines()
+    assert set(words[0].split()) == set(DOOR)
+    assert words[1:] == ['False', 'True'], 'torchvision takes seconds to import'
+
+
+def test_the_front_door_is_seen_and_shut():
+    assert set(DOOR) <= set(dir(lora_recycle)) and lora_recycle.__doc__
+    with pytest.raises(AttributeError, match='no attribute .recycel.'):
+        lora_recycle.recycel
+    from lora_recycle.method.lora import average_products
+
+    assert lora_recycle.average is average_products
+
+
 def test_package_data_is_there():
     assets = files('lora_recycle') / 'assets'
-    assert len([p for p in (assets / 'splits').iterdir() if p.name.endswith('.json')]) == 8
+    assert len([p for p in (assets / 'splits').iterdir() if p.name.endswith('.json')]) == 9
+    pages = {p.name for p in (assets / 'page').iterdir()}
+    assert pages == {'index.html', 'page.css', 'page.js'}
     assert (assets / 'paper_tables.csv').read_text(encoding='utf-8').count('\n') == 468
 
 
