@@ -1,7 +1,7 @@
-"""Tiny copies of the paper's data sets in the layout that their publishers ship: all class names, the csv and index files, few and small images.
+"""Tiny copies of data sets as their publishers ship them: all classes, few and small images.
 
 make_all(root, per_class=4)       # the eight sets and a collection in root/meta_dataset
-trust(root, monkeypatch)          # torchvision compares digests with the published ones; in a test these are the ones of the tiny files
+trust(root, monkeypatch)          # torchvision then takes the digests of the tiny files
 """
 
 import csv
@@ -46,7 +46,7 @@ def write_csv(path, rows):
 
 
 def make_cifar(root, per_class=4):
-    "cifar-100-python: pickles like the original ones; the last image of a class is in the test part"
+    "cifar-100-python: pickles like the originals; the last image of a class is in the test part"
     folder, names = Path(root) / 'cifar-100-python', sorted(classes_of('cifar_fs'))
     folder.mkdir(parents=True, exist_ok=True)
     for part, numbers in (('train', range(per_class - 1)), ('test', [per_class - 1])):
@@ -71,7 +71,7 @@ def make_cifar(root, per_class=4):
 
 
 def make_flowers(root, per_class=4):
-    "flowers-102: jpg/image_00001.jpg ..., imagelabels.mat with ids from 1, setid.mat with three parts"
+    "flowers-102: jpg/image_00001.jpg ..., imagelabels.mat (ids from 1), setid.mat (three parts)"
     folder, n = Path(root) / 'flowers-102', 102 * per_class
     ids = np.random.default_rng(0).permutation(np.arange(n) % 102 + 1)
     for i, c in enumerate(ids, 1):
@@ -89,7 +89,7 @@ def make_flowers(root, per_class=4):
 
 
 def make_mini(root, per_class=4, parts=False):
-    "mini_imagenet/<wnid>/, or below train, val, test with every class in every part (a copy that is not split by class)"
+    "mini_imagenet/<wnid>/, or below train, val, test with every class in every part"
     for c, wnid in enumerate(sorted(classes_of('mini_imagenet'))):
         for i in range(per_class):
             write_image(
@@ -118,7 +118,7 @@ def make_cub(root, per_class=4):
 
 
 def make_chestx(root, per_class=4, parts=False, csv_name='Data_Entry_2017.csv'):
-    "chestx: grey and RGBA pngs in images/ or images_001/images/ ..., and a csv that also lists what is to be left out"
+    "chestx: pngs in images/ or images_001/images/ ..., and a csv that lists more than is used"
     folder, seven = Path(root) / 'chestx', class_splits('chestx')['test']
     findings = [
         *seven * per_class,
@@ -178,7 +178,7 @@ def make_eurosat(root, per_class=4):
 
 
 def make_crop(root, per_class=4):
-    "crop_diseases/dataset/train/<class>/ with names that hold spaces and commas, and dataset/test, which is not used"
+    "crop_diseases/dataset/train/<class>/, odd names, and dataset/test, which is not used"
     for c, name in enumerate(class_splits('crop_diseases')['test']):
         for i in range(per_class):
             write_image(
@@ -278,7 +278,7 @@ def trusted(root):
 
 
 def trust(root, patch):
-    "Let torchvision in this process accept the tiny CIFAR-100 and Flowers102 below `root`; `patch` is pytest's monkeypatch"
+    "Let torchvision accept the tiny sets below `root`; `patch` is pytest's monkeypatch"
     cifar, flowers = trusted(root)
     for name, value in cifar.items():
         patch.setattr(CIFAR100, name, value)
@@ -286,7 +286,7 @@ def trust(root, patch):
 
 
 def trust_file(root, folder):
-    "The same for Python processes that start with `folder` in PYTHONPATH: a sitecustomize.py is written there"
+    "The same for Python processes that start with `folder` in PYTHONPATH"
     cifar, flowers = trusted(root)
     lines = [
         'from torchvision.datasets import CIFAR100, Flowers102',

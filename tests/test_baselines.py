@@ -1,4 +1,4 @@
-"Every baseline finds a planted answer, repeats itself, stays at chance without information, and says when it diverged."
+"Every rival finds a planted answer, repeats itself, and says when it diverged."
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ from lora_recycle.rivals.finetune import (
     Adapted,
     HubConfig,
     TuneConfig,
-    Tuned,
+    TunedEpisodes,
     ask_and_tell,
     choose_rate,
     compose,
@@ -590,7 +590,7 @@ def test_rates_are_chosen_fairly():
         predicted = torch.arange(2).view(1, 2, 1).expand(2, -1, 4).clone()
         if lr == 0.1:
             predicted[1] = -1  # one of two diverged
-        return Tuned(predicted, torch.tensor([False, lr == 0.1]))
+        return TunedEpisodes(predicted, torch.tensor([False, lr == 0.1]))
 
     assert choose_rate(run) == (0.001, {0.001: 1.0, 0.01: 1.0, 0.1: 0.5})  # ties: the smaller
     assert choose_rate(run, (0.1,))[0] == 0.1 and set(RATES) == {0.1, 0.01, 0.001}

@@ -1,4 +1,4 @@
-"The paper's data sets from files in their real layout, every kind of image, every error, and downloads that break."
+"Data sets in their real layouts, every kind of image, every error, downloads that break."
 
 import hashlib
 import os
@@ -283,7 +283,7 @@ def test_file_set_checks_itself():
 
 
 def png(path, pixels, colour, bits=16):
-    "A png with 16 bits a channel, which Pillow cannot write in colour; pixels uint16 [h,w,channels]"
+    "A png with 16 bits a channel, which Pillow cannot write in colour; uint16 [h,w,channels]"
     h, w = pixels.shape[:2]
     raw = b''.join(b'\0' + row.astype('>u2').tobytes() for row in pixels)
     chunk = lambda kind, data: (
@@ -444,7 +444,8 @@ def test_wrong_classes_are_named(one, name, folder):
     count = sum(len(class_splits(name)[s]) for s in SPLITS)
     with pytest.raises(
         ValueError,
-        match=f'{count - 1} class folders found, {count} expected: 1 missing or empty .{Path(folder).name}',
+        match=f'{count - 1} class folders found, {count} expected: '
+        f'1 missing or empty .{Path(folder).name}',
     ):
         read_set(name, root)
     (root / folder).mkdir()
@@ -457,7 +458,7 @@ def test_wrong_classes_are_named(one, name, folder):
 
 
 def test_pickles_with_another_digest_are_not_opened(one, tmp_path):
-    "Without the patch torchvision must refuse the tiny pickles; one that would write a file must not run"
+    "Unpatched, torchvision refuses the tiny pickles; one that would write a file must not run"
     root = one('cifar_fs')
 
     class Bomb:
@@ -614,7 +615,9 @@ def test_inventory(root, tmp_path):
 
 def test_other_processes_can_trust_the_tiny_sets(shared, tmp_path):
     folder = layouts.trust_file(shared, tmp_path)
-    code = f'from lora_recycle.paper.datasets import read_set; print(len(read_set("cifar_fs", {str(shared)!r})), len(read_set("vgg_flower", {str(shared)!r})))'
+    names = '("cifar_fs", "vgg_flower")'
+    code = 'from lora_recycle.paper.datasets import read_set; '
+    code += f'print(*(len(read_set(name, {str(shared)!r})) for name in {names}))'
     done = subprocess.run(
         [sys.executable, '-c', code],
         env=os.environ | dict(PYTHONPATH=str(folder)),
@@ -647,7 +650,10 @@ def test_orientation_is_followed(tmp_path, orientation, suffix):
     assert np.array_equal(np.asarray(read_image(path)), np.asarray(expected))
 
 
-@pytest.mark.parametrize('raw', [b'Exif\0\0not a header at all', b'Exif\0\0II*\0\xff\xff', b'Exif\0\0'])
+BAD_EXIF = [b'Exif\0\0not a header at all', b'Exif\0\0II*\0\xff\xff', b'Exif\0\0']
+
+
+@pytest.mark.parametrize('raw', BAD_EXIF)
 def test_damaged_exif_is_ignored_with_a_warning(tmp_path, raw):
     path = tmp_path / 'x.jpg'
     Image.new('RGB', (8, 4), 'red').save(path, exif=raw)
@@ -1044,7 +1050,7 @@ def test_open_set_errors(tmp_path):
 
 
 class Handler(BaseHTTPRequestHandler):
-    "Sends `server.files`; breaks off after `server.cut` bytes of an answer while `server.breaks` lasts; knows Range unless told otherwise"
+    "Sends `server.files`; breaks off after `server.cut` bytes while `server.breaks` lasts"
 
     def log_message(self, *args):
         pass

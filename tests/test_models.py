@@ -1,4 +1,4 @@
-"Names become backbones: equal to their makers' forward, read without running code, every key accounted for, wrong settings named."
+"Names become backbones: equal to their makers' forward, read without running code."
 
 import hashlib
 import os
@@ -617,7 +617,8 @@ def test_without_a_network_download_tells_what_to_do(monkeypatch):
     monkeypatch.setattr('huggingface_hub.hf_hub_download', fetch)
     with pytest.raises(
         OSError,
-        match='timm/vit_base_patch16_clip_224.openai/open_clip_model.safetensors could not be fetched .*Without a network',
+        match='timm/vit_base_patch16_clip_224.openai/open_clip_model.safetensors '
+        'could not be fetched .*Without a network',
     ):
         load_backbone('ViT-B-16', 'download')
 
@@ -703,7 +704,8 @@ def test_a_folder_of_transformers(tiny, tmp_path):
     n = NORMALISATIONS['imagenet']
     with pytest.raises(
         ValueError,
-        match=r'other numbers \(imagenet: mean \(0.485.*than the model was trained with \(clip: mean',
+        match=r'other numbers \(imagenet: mean \(0.485.*'
+        r'than the model was trained with \(clip: mean',
     ):
         load_backbone(
             'tiny',

@@ -35,7 +35,7 @@ from ..suite.miniature import MINIATURES, PHOTO, load_miniature
 # %% ../../nbs/6_paper/01_models.ipynb #f44bac12
 @dataclass(frozen=True)
 class Model:
-    "What is known of a backbone by its name alone: shape, settings that no file carries, and where its weights are published."
+    "What is known of a backbone by its name alone."
 
     shape: ViTShape
     layout: str  # names in its checkpoint: 'clip', 'deit' or 'lvvit'
@@ -48,55 +48,53 @@ class Model:
     sha256: str = ''  # its digest, or the first letters of it; '': not published
     hub: tuple = ()  # (repository, file) with the same weights on the Hugging Face hub
 
-
-_OPENAI, _IMAGENET = 'https://openaipublic.azureedge.net/clip/models/', NORMALISATIONS['imagenet']
+# %% ../../nbs/6_paper/01_models.ipynb #6f1ac3b2
+_OPENAI = 'https://openaipublic.azureedge.net/clip/models/'
+_LVVIT = 'https://github.com/zihangJiang/TokenLabeling/releases/download/1.0/'
+_IMAGENET = NORMALISATIONS['imagenet']
 
 
 def _clip(shape: ViTShape, sha256: str, file: str, hub: str) -> Model:
     "One of OpenAI's image towers."
-    return Model(
-        shape,
-        'clip',
-        'quick_gelu',
-        url=f'{_OPENAI}{sha256}/{file}',
-        sha256=sha256,
-        hub=(hub, 'open_clip_model.safetensors'),
-    )
+    url = f'{_OPENAI}{sha256}/{file}'
+    hub = (hub, 'open_clip_model.safetensors')
+    return Model(shape, 'clip', 'quick_gelu', url=url, sha256=sha256, hub=hub)
 
 
 MODELS = {
     name: Model(ViTShape(name, 36, kind.patch, 128, 4, 4, 128), 'clip')
     for name, kind in MINIATURES.items()
-} | {
-    'ViT-B-16': _clip(
-        VIT_B16,
-        '5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f',
-        'ViT-B-16.pt',
-        'timm/vit_base_patch16_clip_224.openai',
-    ),
-    'ViT-B-32': _clip(
-        VIT_B32,
-        '40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af',
-        'ViT-B-32.pt',
-        'timm/vit_base_patch32_clip_224.openai',
-    ),
-    'DeiT-B': Model(
-        ViTShape('DeiT-B', 224, 16, 768, 12, 12, 768),
-        'deit',
-        **_IMAGENET,
-        eps=1e-6,
-        sha256='b5f2ef4d',
-        url='https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth',
-        hub=('timm/deit_base_patch16_224.fb_in1k', 'model.safetensors'),
-    ),
-    'LV-ViT-M': Model(
-        ViTShape('LV-ViT-M', 224, 16, 512, 20, 8, 512, 3.0),
-        'lvvit',
-        **_IMAGENET,
-        skip=2.0,
-        url='https://github.com/zihangJiang/TokenLabeling/releases/download/1.0/lvvit_m-56M-224-84.0.pth.tar',
-    ),
 }
+MODELS['ViT-B-16'] = _clip(
+    VIT_B16,
+    '5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f',
+    'ViT-B-16.pt',
+    'timm/vit_base_patch16_clip_224.openai',
+)
+
+# %% ../../nbs/6_paper/01_models.ipynb #f1e37a96
+MODELS['ViT-B-32'] = _clip(
+    VIT_B32,
+    '40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af',
+    'ViT-B-32.pt',
+    'timm/vit_base_patch32_clip_224.openai',
+)
+MODELS['DeiT-B'] = Model(
+    ViTShape('DeiT-B', 224, 16, 768, 12, 12, 768),
+    'deit',
+    **_IMAGENET,
+    eps=1e-6,
+    sha256='b5f2ef4d',
+    url='https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth',
+    hub=('timm/deit_base_patch16_224.fb_in1k', 'model.safetensors'),
+)
+MODELS['LV-ViT-M'] = Model(
+    ViTShape('LV-ViT-M', 224, 16, 512, 20, 8, 512, 3.0),
+    'lvvit',
+    **_IMAGENET,
+    skip=2.0,
+    url=_LVVIT + 'lvvit_m-56M-224-84.0.pth.tar',
+)
 
 # %% ../../nbs/6_paper/01_models.ipynb #a007c3f2
 _STEM = 64  # channels of LV-ViT's convolutions
@@ -104,14 +102,15 @@ _STEM = 64  # channels of LV-ViT's convolutions
 
 def _tower_shapes(shape: ViTShape) -> dict[str, tuple]:
     "Name -> shape of the weights of a CLIP image tower, under open_clip's names."
-    D, top = (
-        shape.width,
-        {
-            'class_embedding': (shape.width,),
-            'positional_embedding': (shape.n_patches + 1, shape.width),
-        },
-    )
-    norms, parts = ['ln_pre', 'ln_post'], {}
+    D = shape.width
+    shapes = {
+        'class_embedding': (D,),
+        'positional_embedding': (shape.n_patches + 1, D),
+        'conv1.weight': (D, 3, shape.patch, shape.patch),
+        'proj': (D, shape.out_dim),
+    }
+    norms = ['ln_pre', 'ln_post']
+    parts = {}
     for layer in range(shape.layers):
         at = f'transformer.resblocks.{layer}.'
         norms += [at + 'ln_1', at + 'ln_2']
@@ -121,19 +120,12 @@ def _tower_shapes(shape: ViTShape) -> dict[str, tuple]:
             at + 'mlp.c_fc.': (shape.hidden, D),
             at + 'mlp.c_proj.': (D, shape.hidden),
         }
-    shapes = {
-        name + kind: size
-        for name, (n, m) in parts.items()
-        for kind, size in (('weight', (n, m)), ('bias', (n,)))
-    }
-    return (
-        top
-        | {'conv1.weight': (D, 3, shape.patch, shape.patch), 'proj': (D, shape.out_dim)}
-        | {f'{n}.{k}': (D,) for n in norms for k in ('weight', 'bias')}
-        | shapes
-    )
+    shapes |= {f'{n}.{k}': (D,) for n in norms for k in ('weight', 'bias')}
+    for name, (n, m) in parts.items():
+        shapes |= {name + 'weight': (n, m), name + 'bias': (n,)}
+    return shapes
 
-
+# %% ../../nbs/6_paper/01_models.ipynb #320b7618
 _THEIRS = (
     ('cls_token', 'class_embedding'),
     ('pos_embed', 'positional_embedding'),
@@ -158,139 +150,131 @@ def _renamed(key: str, pairs) -> str:
 
 def _stem_shapes() -> dict[str, tuple]:
     "Name -> shape of the weights of LV-ViT's stem: three convolutions, each with batch norm."
-    shapes = {
-        f'patch_embed.conv{i}.weight': (_STEM, _STEM if i > 1 else 3, *[3 if i > 1 else 7] * 2)
-        for i in (1, 2, 3)
-    }
-    return shapes | {
-        f'patch_embed.bn{i}.{k}': (_STEM,)
-        for i in (1, 2, 3)
-        for k in ('weight', 'bias', 'running_mean', 'running_var')
-    }
+    shapes = {'patch_embed.conv1.weight': (_STEM, 3, 7, 7)}
+    shapes |= {f'patch_embed.conv{i}.weight': (_STEM, _STEM, 3, 3) for i in (2, 3)}
+    kinds = ('weight', 'bias', 'running_mean', 'running_var')
+    return shapes | {f'patch_embed.bn{i}.{k}': (_STEM,) for i in (1, 2, 3) for k in kinds}
 
-
-def expected_shapes(name: str) -> dict[str, tuple]:
-    "Key -> shape of what a checkpoint of the model `name` must hold, under the names of those who made it."
+# %% ../../nbs/6_paper/01_models.ipynb #073e26b4
+def expected_shapes(
+    name: str,  # of `MODELS`
+) -> dict[str, tuple]:  # key -> shape, under the names of those who made it
+    "What a checkpoint of a model must hold."
     model = MODELS[check_choice('name', name, MODELS)]
-    shapes, D = _tower_shapes(model.shape), model.shape.width
+    shapes = _tower_shapes(model.shape)
+    D = model.shape.width
     if model.layout == 'clip':
         return {f'visual.{k}': size for k, size in shapes.items()}
-    bare = {
-        k: size for k, size in shapes.items() if k != 'proj' and not k.startswith('ln_pre.')
-    } | {'conv1.bias': (D,)}
-    bare |= {
-        k: (1, *([1] * (k == 'class_embedding')), *shapes[k])
-        for k in ('class_embedding', 'positional_embedding')
-    }
+    bare = {k: s for k, s in shapes.items() if k != 'proj' and not k.startswith('ln_pre.')}
+    bare['conv1.bias'] = (D,)
+    bare['class_embedding'] = (1, 1, D)
+    bare['positional_embedding'] = (1, *shapes['positional_embedding'])
     if model.layout == 'lvvit':
-        bare = {k: size for k, size in bare.items() if not k.endswith('in_proj_bias')} | {
-            'conv1.weight': (D, _STEM, *[model.shape.patch // 2] * 2)
-        }
-    named = {
-        _renamed(k, [(ours, theirs) for theirs, ours in _THEIRS]): size for k, size in bare.items()
-    }
+        bare = {k: size for k, size in bare.items() if not k.endswith('in_proj_bias')}
+        bare['conv1.weight'] = (D, _STEM, *[model.shape.patch // 2] * 2)
+    back = [(ours, theirs) for theirs, ours in _THEIRS]
+    named = {_renamed(k, back): size for k, size in bare.items()}
     return named | (_stem_shapes() if model.layout == 'lvvit' else {})
 
 # %% ../../nbs/6_paper/01_models.ipynb #62588aaf
 _UNUSED = dict(
-    clip=r'(token_embedding|ln_final)\.\w+|positional_embedding|text_projection|logit_(scale|bias)|attn_mask|input_resolution|context_length|vocab_size'
+    clip=r'(token_embedding|ln_final)\.\w+|positional_embedding|text_projection'
+    r'|logit_(scale|bias)|attn_mask|input_resolution|context_length|vocab_size'
     r'|transformer\.resblocks\.\d+\.[\w.]+',
     deit=r'head\.(weight|bias)',
     lvvit=r'(aux_)?head\.(weight|bias)|patch_embed\.bn[123]\.num_batches_tracked',
 )
 
-
+# %% ../../nbs/6_paper/01_models.ipynb #96d4126b
 def _few(names) -> str:
     "The first of `names`, for a message."
     names = [ascii(n)[1:81] if len(str(n)) > 80 else str(n) for n in names]
     return ', '.join(names[:4]) + (f' and {len(names) - 4} more' if len(names) > 4 else '')
 
 
-def check_keys(name: str, shapes: dict) -> None:
-    "ValueError unless `shapes` (key -> shape) is a checkpoint of the model `name`: it counts and names what is missing, unknown, or of another shape."
-    wanted, layout = expected_shapes(name), MODELS[name].layout
+def _list_faults(name: str, shapes: dict) -> list[str]:
+    "What in `shapes` (key -> shape) differs from a checkpoint of the model `name`."
+    wanted = expected_shapes(name)
+    known = _UNUSED[MODELS[name].layout]
     missing = [k for k in wanted if k not in shapes]
-    extra = [k for k in shapes if k not in wanted and not re.fullmatch(_UNUSED[layout], k)]
+    extra = [k for k in shapes if k not in wanted and not re.fullmatch(known, k)]
     wrong = [k for k in wanted if k in shapes and tuple(shapes[k]) != wanted[k]]
-    said = []
+    faults = []
     if missing:
-        said.append(f'{len(missing)} of {len(wanted)} keys are missing: {_few(missing)}')
+        faults.append(f'{len(missing)} of {len(wanted)} keys are missing: {_few(missing)}')
     if extra:
-        said.append(f'{len(extra)} keys are not known: {_few(extra)}')
+        faults.append(f'{len(extra)} keys are not known: {_few(extra)}')
     if wrong:
-        said.append(
-            f'{len(wrong)} of {len(wanted)} have another shape: {_few([f"{k} {list(shapes[k])} instead of {list(wanted[k])}" for k in wrong])}'
-        )
+        pairs = [f'{k} {list(shapes[k])} instead of {list(wanted[k])}' for k in wrong]
+        faults.append(f'{len(wrong)} of {len(wanted)} have another shape: {_few(pairs)}')
     if any(k.startswith('vision_model.') for k in shapes):
-        said.append(
+        faults.append(
             'these are the names of transformers: give the folder that holds its config.json, too'
         )
-    if said:
-        raise ValueError(f'this is no checkpoint of {name}. ' + '. '.join(said) + '.')
+    return faults
+
+# %% ../../nbs/6_paper/01_models.ipynb #38fb2d3d
+def check_keys(
+    name: str,  # of `MODELS`
+    shapes: dict,  # key -> shape of what a file holds
+) -> None:
+    "ValueError that counts and names what is missing, unknown, or of another shape."
+    faults = _list_faults(name, shapes)
+    if faults:
+        raise ValueError(f'this is no checkpoint of {name}. ' + '. '.join(faults) + '.')
 
 # %% ../../nbs/6_paper/01_models.ipynb #e536d76d
 def _fold_stem(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    "`weights` with LV-ViT's convolutions as stem.0, stem.1, stem.2 (weight and bias), their batch norm (epsilon 1e-5) folded in at double precision."
-    rest, stem = {k: w for k, w in weights.items() if not k.startswith('patch_embed.')}, {}
+    "LV-ViT's convolutions as stem.0 to stem.2, their batch norm (epsilon 1e-5) folded in."
+    stem = {}
     for i in (1, 2, 3):
-        gain, shift, mean, var = (
-            weights[f'patch_embed.bn{i}.{k}'].double()
-            for k in ('weight', 'bias', 'running_mean', 'running_var')
-        )
+        kinds = ('weight', 'bias', 'running_mean', 'running_var')
+        gain, shift, mean, var = (weights[f'patch_embed.bn{i}.{k}'].double() for k in kinds)
         scale = gain / (var + 1e-5).sqrt()
-        stem[f'stem.{i - 1}.weight'] = (
-            weights[f'patch_embed.conv{i}.weight'].double() * scale.view(-1, 1, 1, 1)
-        ).float()
+        kernel = weights[f'patch_embed.conv{i}.weight'].double()
+        stem[f'stem.{i - 1}.weight'] = (kernel * scale.view(-1, 1, 1, 1)).float()
         stem[f'stem.{i - 1}.bias'] = (shift - mean * scale).float()
-    return rest | stem
+    return {k: w for k, w in weights.items() if not k.startswith('patch_embed.')} | stem
 
 
 def _from_timm(weights: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
     "Weights of DeiT or LV-ViT under our names, from those under theirs."
-    w, D = {_renamed(k, _THEIRS): t for k, t in weights.items()}, model.shape.width
-    w |= {
-        'class_embedding': w['class_embedding'].view(D),
-        'positional_embedding': w['positional_embedding'][0],
-        'proj': torch.eye(D),
-    }
-    biases = [
-        f'transformer.resblocks.{layer}.attn.in_proj_bias' for layer in range(model.shape.layers)
-    ]
+    w = {_renamed(k, _THEIRS): t for k, t in weights.items()}
+    D = model.shape.width
+    w['class_embedding'] = w['class_embedding'].view(D)
+    w['positional_embedding'] = w['positional_embedding'][0]
+    w['proj'] = torch.eye(D)
+    layers = range(model.shape.layers)
+    biases = [f'transformer.resblocks.{layer}.attn.in_proj_bias' for layer in layers]
     w = {k: torch.zeros(3 * D) for k in biases} | w
     w |= {k: t / model.skip for k, t in w.items() if '.out_proj.' in k or '.c_proj.' in k}
     return _fold_stem(w) if model.layout == 'lvvit' else w
 
-
+# %% ../../nbs/6_paper/01_models.ipynb #b4936eb7
 # 7x7 at stride 2, then 3x3 twice; `conv1` cuts patches of 8 from what they leave
 _LVVIT_STEM = (StemConv(2, 3), StemConv(1, 1), StemConv(1, 1))
 
 
-def backbone_from_weights(name: str, tensors: dict[str, Tensor]) -> Backbone:
-    "The `Backbone` of the model `name` from `tensors` of its checkpoint, copied as float32. ValueError unless all keys fit (`check_keys`) and all numbers are finite."
+def backbone_from_weights(
+    name: str,  # of `MODELS`
+    tensors: dict[str, Tensor],  # of its checkpoint; copied as float32
+) -> Backbone:
+    "The backbone in a checkpoint; ValueError unless all keys fit and all numbers are finite."
     model = MODELS[check_choice('name', name, MODELS)]
     check_keys(name, {k: tuple(t.shape) for k, t in tensors.items()})
-    weights = {
-        k: tensors[k].detach().to('cpu', torch.float32, copy=True) for k in expected_shapes(name)
-    }
+    copy = lambda t: t.detach().to('cpu', torch.float32, copy=True)
+    weights = {k: copy(tensors[k]) for k in expected_shapes(name)}
     wild = [k for k, t in weights.items() if not torch.isfinite(t).all()]
     if wild:
         raise ValueError(f'{len(wild)} tensors hold NaN or infinity: {_few(wild)}')
-    weights = (
-        {k.removeprefix('visual.'): t for k, t in weights.items()}
-        if model.layout == 'clip'
-        else _from_timm(weights, model)
-    )
-    return Backbone(
-        name,
-        weights,
-        model.shape.heads,
-        model.shape.patch,
-        model.act,
-        model.mean,
-        model.std,
-        model.eps,
-        _LVVIT_STEM if model.layout == 'lvvit' else (),
-    )
+    if model.layout == 'clip':
+        weights = {k.removeprefix('visual.'): t for k, t in weights.items()}
+    else:
+        weights = _from_timm(weights, model)
+    stem = _LVVIT_STEM if model.layout == 'lvvit' else ()
+    size = (model.shape.heads, model.shape.patch)
+    look = (model.act, model.mean, model.std, model.eps)
+    return Backbone(name, weights, *size, *look, stem)
 
 # %% ../../nbs/6_paper/01_models.ipynb #0a831519
 def _draw(key: str, size: tuple, gen: torch.Generator) -> Tensor:
@@ -305,23 +289,26 @@ def _draw(key: str, size: tuple, gen: torch.Generator) -> Tensor:
     return noise * math.prod(size[1:]) ** -0.5
 
 
-def random_weights(name: str, seed: int = 0) -> dict[str, Tensor]:
-    "A checkpoint of the model `name` with random numbers, in the layout of those who made it (`expected_shapes`)."
+def random_weights(
+    name: str,  # of `MODELS`
+    seed: int = 0,  # 0 or more
+) -> dict[str, Tensor]:  # in the layout of those who made it, see `expected_shapes`
+    "A checkpoint with random numbers."
     gen = generator(seed, 'models', check_choice('name', name, MODELS))
     drawn = {k: _draw(k, size, gen) for k, size in expected_shapes(name).items()}
-    matrix = lambda k, t: (
-        MODELS[name].layout == 'clip' and t.ndim > 1 and not k.endswith('embedding')
-    )
-    return {k: t.half() if matrix(k, t) else t for k, t in drawn.items()}
+    if MODELS[name].layout != 'clip':
+        return drawn
+    is_matrix = lambda k, t: t.ndim > 1 and not k.endswith('embedding')
+    return {k: t.half() if is_matrix(k, t) else t for k, t in drawn.items()}
 
 # %% ../../nbs/6_paper/01_models.ipynb #321042f1
 @dataclass(frozen=True)
 class Checkpoint:
-    "Tensors of a file by the names in it, on the CPU; act: the activation that the file tells of, None if it does not; archive: whether it is TorchScript."
+    "What a file of weights holds."
 
-    tensors: dict[str, Tensor]
-    act: str | None = None
-    archive: bool = False
+    tensors: dict[str, Tensor]  # by the names in it, on the CPU
+    act: str | None = None  # the activation that the file tells of
+    archive: bool = False  # whether it is TorchScript
 
 
 _DTYPES = dict(
@@ -336,24 +323,22 @@ _DTYPES = dict(
     ByteStorage=torch.uint8,
     BoolStorage=torch.bool,
 )
-_TYPED = (
-    'build_intlist',
-    'build_tensorlist',
-    'build_doublelist',
-    'build_boollist',
-    'restore_type_tag',
-)  # lists with a type, in torch.jit._pickle
+_TYPED = tuple(  # lists with a type, in torch.jit._pickle
+    'build_intlist build_tensorlist build_doublelist build_boollist restore_type_tag'.split()
+)
+_OPCODES = (  # what torch's writer uses
+    'PROTO STOP MARK GLOBAL NEWOBJ REDUCE BUILD BINPERSID NONE NEWTRUE NEWFALSE BININT BININT1 '
+    'BININT2 LONG1 BINFLOAT BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND '
+    'APPENDS EMPTY_DICT SETITEM SETITEMS BINGET LONG_BINGET BINPUT LONG_BINPUT'
+).split()
 
-_OPCODES = """PROTO STOP MARK GLOBAL NEWOBJ REDUCE BUILD BINPERSID NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE EMPTY_TUPLE TUPLE TUPLE1
- TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS BINGET LONG_BINGET BINPUT LONG_BINPUT""".split()  # what torch's writer uses
-
-
+# %% ../../nbs/6_paper/01_models.ipynb #04cb4c1a
 class _Record:
     "A module of a TorchScript archive: its attributes, nothing else."
 
 
 def _stand_in(module: str, name: str):
-    "What stands for the class or function `name` of `module` in a TorchScript archive; None if it has no place there."
+    "What stands for a class or function in a TorchScript archive; None: no place there."
     if module.split('.')[0] == '__torch__':
         return type(name.split('.')[-1], (_Record,), {})
     if module == 'torch':
@@ -366,25 +351,23 @@ def _stand_in(module: str, name: str):
 
 
 def _foreign(data: bytes) -> list[str]:
-    "What the pickle `data` holds that no TorchScript module needs, by name; found before anything is built."
+    "What the pickle `data` holds that no TorchScript module needs; nothing is built."
     steps = [(op.name, arg) for op, arg, _ in pickletools.genops(data)]
     names = [arg.partition(' ')[::2] for op, arg in steps if op == 'GLOBAL']
-    far = [
-        f'place {arg}' for op, arg in steps if op == 'LONG_BINPUT' and arg > len(data)
-    ]  # Python would make room for all places before it
-    return (
-        ['.'.join(n) for n in names if _stand_in(*n) is None]
-        + [op for op, _ in steps if op not in _OPCODES]
-        + far
-    )
+    unknown = ['.'.join(n) for n in names if _stand_in(*n) is None]
+    other = [op for op, _ in steps if op not in _OPCODES]
+    # Python would make room for all places before a far one
+    far = [f'place {arg}' for op, arg in steps if op == 'LONG_BINPUT' and arg > len(data)]
+    return unknown + other + far
 
-
+# %% ../../nbs/6_paper/01_models.ipynb #b197bbe8
 class _ArchiveReader(pickle.Unpickler):
-    "Builds what the pickle `data` describes, its tensors from `numbers` (name of a storage -> bytes), everything else from `_stand_in`."
+    "Builds what the pickle `data` describes; `numbers`: name of a storage -> bytes."
 
     def __init__(self, data, numbers):
         super().__init__(io.BytesIO(data))
-        self.numbers, self.storages = numbers, {}
+        self.numbers = numbers
+        self.storages = {}
 
     def find_class(self, module, name):
         "See `_stand_in`."
@@ -401,10 +384,8 @@ class _ArchiveReader(pickle.Unpickler):
 _ACTS = dict(QuickGELU='quick_gelu', GELU='gelu')  # class of a module -> `act` of a `Backbone`
 
 
-def _flat(
-    record: _Record, tensors: dict, acts: dict, at: str = '', seen: set | None = None
-) -> None:
-    "Put the tensors below `record` into `tensors`, and activations into `acts`, by their dotted names; a module that occurs twice counts once."
+def _flat(record: _Record, tensors: dict, acts: dict, at: str = '', seen: set | None = None):
+    "Put tensors and activations below `record` into the dicts, by dotted names, each once."
     seen = {id(record)} if seen is None else seen
     for key, value in vars(record).items():
         if isinstance(value, Tensor):
@@ -417,89 +398,97 @@ def _flat(
 
 
 def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
-    "Content of the part `name`; ValueError if it is compressed, which torch never does: a small file could fill the memory."
+    "Content of the part `name`; ValueError if it is compressed, which torch never does."
     if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
         raise ValueError(f'{name} is compressed')
     return archive.read(name)
 
 
+def _read_parts(archive: zipfile.ZipFile) -> tuple[dict, dict, list]:
+    "Tensors, activations, and what has no place in a TorchScript archive (then no tensors)."
+    root = next(n for n in archive.namelist() if n.endswith('/constants.pkl')).split('/')[0]
+    data = _stored(archive, f'{root}/data.pkl')
+    tensors = {}
+    acts = {}
+    foreign = _foreign(data)
+    if not foreign:
+        numbers = lambda key: _stored(archive, f'{root}/data/{key}')
+        _flat(_ArchiveReader(data, numbers).load(), tensors, acts)
+    return tensors, acts, foreign
+
+# %% ../../nbs/6_paper/01_models.ipynb #5e94dd11
 def _read_archive(path: Path, archive: zipfile.ZipFile) -> Checkpoint:
-    "The TorchScript `archive` at `path`; none of its code runs. ValueError if it holds more than modules with tensors, or is damaged."
-    tensors, acts, foreign = {}, {}, []
+    "The TorchScript `archive` at `path`; none of its code runs."
     try:
-        root = next(n for n in archive.namelist() if n.endswith('/constants.pkl')).split('/')[0]
-        data = _stored(archive, f'{root}/data.pkl')
-        if not (foreign := _foreign(data)):
-            _flat(
-                _ArchiveReader(data, lambda key: _stored(archive, f'{root}/data/{key}')).load(),
-                tensors,
-                acts,
-            )
+        tensors, acts, foreign = _read_parts(archive)
     except Exception as err:  # a damaged pickle fails in any way there is
+        reason = f'{type(err).__name__}: {_few([err])}'
         raise ValueError(
-            f'{path} is a damaged TorchScript archive ({type(err).__name__}: {_few([err])}). Fetch it again.'
+            f'{path} is a damaged TorchScript archive ({reason}). Fetch it again.'
         ) from err
     if foreign:
         raise ValueError(
-            f'{path} is a TorchScript archive that holds more than weights: {_few(foreign)}. Fetch the published file again, or give .safetensors.'
+            f'{path} is a TorchScript archive that holds more than weights: {_few(foreign)}. '
+            'Fetch the published file again, or give .safetensors.'
         )
     found = {act for k, act in acts.items() if k.startswith('visual.')}
     return Checkpoint(tensors, found.pop() if len(found) == 1 else None, True)
 
 
 def _state(path: Path, found) -> dict[str, Tensor]:
-    "Name -> tensor of what torch read from `path`: itself, or its part 'state_dict' or 'model'; the prefix `module.` of parallel training goes."
-    found = (
-        next((found[k] for k in ('state_dict', 'model') if isinstance(found.get(k), dict)), found)
-        if isinstance(found, dict)
-        else found
-    )
+    "Name -> tensor of what torch read: itself, or its part 'state_dict' or 'model'."
+    if isinstance(found, dict):
+        inner = (found[k] for k in ('state_dict', 'model') if isinstance(found.get(k), dict))
+        found = next(inner, found)
     if not isinstance(found, dict) or not found:
         raise ValueError(
             f'{path} holds a {type(found).__name__}, not weights by name. Give a state_dict.'
         )
-    other = [k for k, t in found.items() if not isinstance(t, Tensor)]
+    other = [f'{k} ({type(t).__name__})' for k, t in found.items() if not isinstance(t, Tensor)]
     if other:
-        raise ValueError(
-            f'{path} holds {_few([f"{k} ({type(found[k]).__name__})" for k in other])} among its weights. Give a state_dict.'
-        )
+        raise ValueError(f'{path} holds {_few(other)} among its weights. Give a state_dict.')
     bare = all(k.startswith('module.') for k in found)
     return {k.removeprefix('module.') if bare else k: t for k, t in found.items()}
 
 # %% ../../nbs/6_paper/01_models.ipynb #b175585a
+_DAMAGE = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    IndexError,
+)
+
+
 def _read_pickle(path: Path) -> Checkpoint:
     "The checkpoint that torch.save wrote to `path`, with torch's weights-only reader."
-    harmless = getattr(torch.serialization, 'safe_globals', lambda names: nullcontext())(
-        [Namespace]
-    )  # torch 2.5 and later
+    allow = getattr(torch.serialization, 'safe_globals', lambda names: nullcontext())
     try:
-        with harmless:
+        with allow([Namespace]):  # torch 2.5 and later
             found = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as err:
         what = re.search(r'GLOBAL (\S+)', str(err))
+        reason = what[1] if what else 'it was not written by torch.save'
         raise ValueError(
-            f'{path} is a pickle that holds more than weights ({what[1] if what else "it was not written by torch.save"}); reading it could run code. Give '
-            '.safetensors, or a file with a state_dict alone; if you trust who made it, make one: '
-            'torch.save(torch.load(path, weights_only=False)["state_dict"], "weights.pt")'
+            f'{path} is a pickle that holds more than weights ({reason}); reading it could run '
+            'code. Give .safetensors, or a file with a state_dict alone; if you trust who made '
+            'it, make one: torch.save(torch.load(path, weights_only=False)["state_dict"], '
+            '"weights.pt")'
         ) from None
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        KeyError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        IndexError,
-    ) as err:
+    except _DAMAGE as err:
         raise ValueError(
             f'{path} is no checkpoint, or a damaged one ({_few([err])}). Fetch it again.'
         ) from err
     return Checkpoint(_state(path, found))
 
-
-def read_checkpoint(path) -> Checkpoint:
-    "The weights in `path`: safetensors, what torch.save wrote, or a TorchScript archive. No code in it runs. FileNotFoundError, or ValueError with what is wrong."
+# %% ../../nbs/6_paper/01_models.ipynb #5bfeeb14
+def read_checkpoint(
+    path,  # safetensors, what torch.save wrote, or a TorchScript archive
+) -> Checkpoint:
+    "The weights in a file; no code in it runs."
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f'{path} is no file. Check the path, or fetch the weights.')
@@ -513,59 +502,63 @@ def read_checkpoint(path) -> Checkpoint:
     return _read_pickle(path)
 
 # %% ../../nbs/6_paper/01_models.ipynb #f847b064
-def published(path) -> str | None:
-    "Name of the model whose published file `path` is, by its sha256; None if it is none of them."
+def published(
+    path,  # a file
+) -> str | None:  # of `MODELS`
+    "The model whose published file this is, by its sha256; None if it is none of them."
     found = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return next(
-        (name for name, model in MODELS.items() if model.sha256 and found.startswith(model.sha256)),
-        None,
-    )
+    for name, model in MODELS.items():
+        if model.sha256 and found.startswith(model.sha256):
+            return name
+    return None
 
 
-def half_precise(backbone: Backbone) -> bool:
-    "Whether patch convolution and projection hold nothing but 16-bit numbers, as in all of OpenAI's files: a sign of where weights come from."
-    return all(
-        torch.equal(w.half().float(), w)
-        for w in (backbone.weights['conv1.weight'], backbone.weights['proj'])
-    )
+def half_precise(
+    backbone: Backbone,  # frozen
+) -> bool:
+    "Whether its matrices hold 16-bit numbers alone, as in all of OpenAI's files."
+    matrices = (backbone.weights['conv1.weight'], backbone.weights['proj'])
+    return all(torch.equal(w.half().float(), w) for w in matrices)
 
 
 def _norm_name(mean, std) -> str:
     "The known normalisation with these numbers, and the numbers."
     near = lambda a, b: max(abs(x - y) for x, y in zip(a, b)) < 1e-3
-    known = [
-        name for name, n in NORMALISATIONS.items() if near(mean, n['mean']) and near(std, n['std'])
-    ]
+    fits = lambda n: near(mean, n['mean']) and near(std, n['std'])
+    known = [name for name, n in NORMALISATIONS.items() if fits(n)]
     return f'{known[0] if known else "unknown"}: mean {tuple(mean)}, sd {tuple(std)}'
 
-
-def check_backbone(backbone: Backbone, name: str) -> Backbone:
-    "`backbone` if its shape, activation, epsilon, and mean and sd of the pixels are those of the model `name`; ValueError that names all that are not."
-    model, wrong = MODELS[check_choice('name', name, MODELS)], []
+# %% ../../nbs/6_paper/01_models.ipynb #d3944b3b
+def _list_differences(backbone: Backbone, model: Model) -> list[str]:
+    "What of `backbone` is not as `model` was published."
     shape = replace(shape_of(backbone), name=model.shape.name)
-    wrong += [
-        f'{k} is {getattr(shape, k)}, not {v}'
-        for k, v in vars(model.shape).items()
-        if getattr(shape, k) != v
-    ]
+    pairs = [(k, getattr(shape, k), v) for k, v in vars(model.shape).items()]
+    wrong = [f'{k} is {ours}, not {theirs}' for k, ours, theirs in pairs if ours != theirs]
     if backbone.act != model.act:
         wrong.append(
-            f'its activation is {backbone.act}, but the weights were trained with {model.act} (hidden_act in a config.json, '
-            'quick_gelu in open_clip, where OpenAI\'s weights need the model with "-quickgelu")'
+            f'its activation is {backbone.act}, but the weights were trained with {model.act} '
+            "(hidden_act in a config.json, quick_gelu in open_clip, where OpenAI's weights need "
+            'the model with "-quickgelu")'
         )
     if abs(backbone.eps - model.eps) > 1e-9:
         wrong.append(f'epsilon of its LayerNorm is {backbone.eps}, not {model.eps}')
-    theirs, ours = _norm_name(backbone.mean, backbone.std), _norm_name(model.mean, model.std)
-    if (
-        theirs != ours
-        and max(
-            abs(a - b) for a, b in zip((*backbone.mean, *backbone.std), (*model.mean, *model.std))
-        )
-        > 1e-4
-    ):
+    theirs = _norm_name(backbone.mean, backbone.std)
+    ours = _norm_name(model.mean, model.std)
+    numbers = zip((*backbone.mean, *backbone.std), (*model.mean, *model.std))
+    if theirs != ours and max(abs(a - b) for a, b in numbers) > 1e-4:
         wrong.append(
-            f'its pixels are normalised by other numbers ({theirs}) than the model was trained with ({ours})'
+            f'its pixels are normalised by other numbers ({theirs}) than the model was trained '
+            f'with ({ours})'
         )
+    return wrong
+
+# %% ../../nbs/6_paper/01_models.ipynb #2a0ad852
+def check_backbone(
+    backbone: Backbone,  # frozen
+    name: str,  # of `MODELS`
+) -> Backbone:  # the same
+    "ValueError that names all in which `backbone` is not the model as published."
+    wrong = _list_differences(backbone, MODELS[check_choice('name', name, MODELS)])
     if wrong:
         raise ValueError(f'{backbone.name} is not {name} as published: ' + '; '.join(wrong) + '.')
     return backbone
@@ -574,48 +567,46 @@ def check_backbone(backbone: Backbone, name: str) -> Backbone:
 def _no_weights(name: str) -> str:
     "What can be given as `weights` of the model `name`, for a message."
     model = MODELS[name]
-    folder = (
-        " or a folder with transformers' config.json and model.safetensors"
-        if model.layout == 'clip'
-        else ''
+    folder = " or a folder with transformers' config.json and model.safetensors"
+    folder = folder if model.layout == 'clip' else ''
+    place = '/'.join(model.hub)
+    hub = f"; 'download' to fetch {place} from the Hugging Face hub" if place else ''
+    return (
+        f'{name} comes without weights. Set weights to: the path of a checkpoint (.safetensors, '
+        f".pt, .pth, .bin){folder}, the published one is {model.url}{hub}; 'random' to test."
     )
-    hub = (
-        f"; 'download' to fetch {'/'.join(model.hub)} from the Hugging Face hub"
-        if model.hub
-        else ''
-    )
-    return f"{name} comes without weights. Set weights to: the path of a checkpoint (.safetensors, .pt, .pth, .bin){folder}, the published one is {model.url}{hub}; 'random' to test."
 
 
 def _fetched(name: str) -> Path:
-    "The file of the model `name` from the Hugging Face hub, which keeps it for the next time. OSError if it cannot be had."
+    "The file of the model `name` from the Hugging Face hub, which keeps it."
     from huggingface_hub import hf_hub_download
 
     if not MODELS[name].hub:
-        raise ValueError(
-            f'{name} is on no hub. Fetch {MODELS[name].url or "it"} yourself and give its path as weights.'
-        )
+        url = MODELS[name].url or 'it'
+        raise ValueError(f'{name} is on no hub. Fetch {url} yourself and give its path as weights.')
     try:
         return Path(hf_hub_download(*MODELS[name].hub))
     except (OSError, ValueError) as err:
         raise OSError(
-            f'{"/".join(MODELS[name].hub)} could not be fetched ({_few([err])}). Without a network: fetch {MODELS[name].url} elsewhere '
-            'and give its path as weights.'
+            f'{"/".join(MODELS[name].hub)} could not be fetched ({_few([err])}). Without a '
+            f'network: fetch {MODELS[name].url} elsewhere and give its path as weights.'
         ) from err
 
-
+# %% ../../nbs/6_paper/01_models.ipynb #0d7779ea
 def _check_origin(name: str, path: Path, archive: bool) -> None:
-    "ValueError if `path` has the name of the published file of the model `name` but not its sha256; a warning if it is a TorchScript `archive` of unknown origin."
+    "ValueError if `path` is called as the published file but is another; perhaps a warning."
     url = MODELS[name].url
     named = path.name == url.split('/')[-1]
     if not MODELS[name].sha256 or not (named or archive) or published(path) == name:
         return
     if named:
         raise ValueError(
-            f'{path} has the name of {url} but another sha256: it is damaged or altered. Fetch it again, or give it another name if it is your own.'
+            f'{path} has the name of {url} but another sha256: it is damaged or altered. Fetch it '
+            'again, or give it another name if it is your own.'
         )
     warnings.warn(
-        f'{path} is not the archive that was published as {url}; its keys fit {name}, where its weights come from is not known',
+        f'{path} is not the archive that was published as {url}; its keys fit {name}, where its '
+        'weights come from is not known',
         stacklevel=4,
     )
 
@@ -629,52 +620,69 @@ def _from_file(name: str, path: Path) -> Backbone:
         raise ValueError(f'{path}: {err}') from None
     if found.act not in (None, backbone.act):
         raise ValueError(
-            f'{path}: the activation in this archive is {found.act}; {name} was trained with {backbone.act}. It is another model.'
+            f'{path}: the activation in this archive is {found.act}; {name} was trained with '
+            f'{backbone.act}. It is another model.'
         )
     _check_origin(name, path, found.archive)
     return backbone
 
 # %% ../../nbs/6_paper/01_models.ipynb #9cae1b5d
-def load_backbone(name: str = PHOTO, weights=None, device='cpu', seed: int = 0) -> Backbone:
-    """The model `name` (a key of `MODELS`, or what ships for photos) as a frozen `Backbone` on `device`.
+def _warn_of_gelu(path: Path, name: str) -> None:
+    "A warning that weights for QuickGELU are probably not OpenAI's."
+    warnings.warn(
+        f"{path}: the matrices are not 16-bit numbers as all of OpenAI's are. If these are other "
+        f'weights, they were likely trained with GELU, and {name} is QuickGELU: features would be '
+        'wrong',
+        stacklevel=4,
+    )
 
-    weights: path of a checkpoint or of a transformers CLIP folder, 'download', 'random' (drawn from `seed`), or None for a miniature: what is shipped.
-    Nothing is ever fetched unless asked for. ValueError or FileNotFoundError with the remedy if the weights are absent or do not fit exactly."""
-    if name == PHOTO and weights is None:
-        return load_miniature(PHOTO).to(device)
-    if name == PHOTO:
-        raise ValueError(f'weights={str(weights)!r}: {PHOTO} takes none, it ships; leave them out')
-    model = MODELS[check_choice('name', name, [*MODELS, PHOTO])]
-    if weights is None:
-        if name not in MINIATURES:
-            raise ValueError(f'weights=None: {_no_weights(name)}')
-        return load_miniature(name).to(device)
-    if weights == 'random':
-        return replace(
-            backbone_from_weights(name, random_weights(name, seed)), name=f'{name} (random weights)'
-        ).to(device)
-    path = _fetched(name) if weights == 'download' else Path(weights).expanduser()
+
+def _from_path(name: str, weights, path: Path) -> Backbone:
+    "The backbone `name` from a file or a transformers CLIP folder, checked."
+    model = MODELS[name]
     if not path.exists():
         raise FileNotFoundError(f'weights={str(weights)!r} does not exist. {_no_weights(name)}')
     if path.is_dir() and model.layout != 'clip':
         raise ValueError(
             f'weights={str(weights)!r} is a folder; {name} takes a file. {_no_weights(name)}'
         )
-    backbone = check_backbone(
-        backbone_from_hf(path, name) if path.is_dir() else _from_file(name, path), name
-    )
+    found = backbone_from_hf(path, name) if path.is_dir() else _from_file(name, path)
+    backbone = check_backbone(found, name)
     if model.act == 'quick_gelu' and not half_precise(backbone):
-        warnings.warn(
-            f"{path}: the matrices are not 16-bit numbers as all of OpenAI's are. If these are other weights, they were likely trained with GELU, and {name} is "
-            'QuickGELU: features would be wrong',
-            stacklevel=2,
-        )
-    return backbone.to(device)
+        _warn_of_gelu(path, name)
+    return backbone
+
+# %% ../../nbs/6_paper/01_models.ipynb #48f0ee86
+def load_backbone(
+    name: str = PHOTO,  # of `MODELS`, or what ships for photos
+    weights=None,  # checkpoint, CLIP folder, 'download', 'random'; None: what is shipped
+    device='cpu',  # torch device
+    seed: int = 0,  # of weights='random'
+) -> Backbone:  # frozen
+    "A model by name; nothing is ever fetched unless asked for."
+    if name == PHOTO and weights is None:
+        return load_miniature(PHOTO).to(device)
+    if name == PHOTO:
+        raise ValueError(f'weights={str(weights)!r}: {PHOTO} takes none, it ships; leave them out')
+    check_choice('name', name, [*MODELS, PHOTO])
+    if weights is None:
+        if name not in MINIATURES:
+            raise ValueError(f'weights=None: {_no_weights(name)}')
+        return load_miniature(name).to(device)
+    if weights == 'random':
+        drawn = backbone_from_weights(name, random_weights(name, seed))
+        return replace(drawn, name=f'{name} (random weights)').to(device)
+    path = _fetched(name) if weights == 'download' else Path(weights).expanduser()
+    return _from_path(name, weights, path).to(device)
 
 # %% ../../nbs/6_paper/01_models.ipynb #aa4cc1be
 @torch.no_grad()
-def encode_texts(name: str, weights, texts: list[str]) -> Tensor:
-    "What the text tower in the checkpoint `weights` of the CLIP `name` makes of `texts`: [n,D_out]. ValueError if there is none."
+def encode_texts(
+    name: str,  # a CLIP of `MODELS`
+    weights,  # its whole checkpoint
+    texts: list[str],  # n of them
+) -> Tensor:  # [n,D_out]
+    "What the text tower in a checkpoint makes of texts; ValueError if there is none."
     import open_clip
 
     if MODELS[check_choice('name', name, MODELS)].layout != 'clip':
@@ -684,19 +692,21 @@ def encode_texts(name: str, weights, texts: list[str]) -> Tensor:
     tensors = read_checkpoint(weights).tensors if Path(weights).is_file() else {}
     if 'token_embedding.weight' not in tensors:
         raise ValueError(
-            f'{weights} holds no text tower. Take the whole CLIP checkpoint, or methods that read no class names.'
+            f'{weights} holds no text tower. Take the whole CLIP checkpoint, or methods that '
+            'read no class names.'
         )
     model = open_clip.create_model(f'{name}-quickgelu', pretrained=None).eval()
-    absent = model.load_state_dict(
-        {k: v.float() for k, v in tensors.items() if k in model.state_dict()}, strict=False
-    ).missing_keys
+    state = {k: v.float() for k, v in tensors.items() if k in model.state_dict()}
+    absent = model.load_state_dict(state, strict=False).missing_keys
     if absent:
         raise ValueError(f'{weights}: {len(absent)} keys of a CLIP are missing: {_few(absent)}')
     return model.encode_text(open_clip.get_tokenizer(f'{name}-quickgelu')(texts))
 
 # %% ../../nbs/6_paper/01_models.ipynb #6723497b
-def image_side(backbone: Backbone) -> int:
-    "Side in pixels of the square images that `backbone` takes: its patch times the root of their number."
+def image_side(
+    backbone: Backbone,  # frozen
+) -> int:  # pixels
+    "Side of the square images that it takes."
     return shape_of(backbone).side
 
 # %% ../../nbs/6_paper/01_models.ipynb #0ade6f12
@@ -711,52 +721,38 @@ def find_shape(
     return _PHOTO_SHAPE if name == PHOTO else MODELS[check_choice('name', name, MODELS)].shape
 
 # %% ../../nbs/6_paper/01_models.ipynb #e72cbec2
-def stem_flops_g(name: str) -> float:
-    "Operations (10^9, forward, one image) of the convolutions before the layers of the model `name` beyond what `cost.flops_true_g` counts; 0 if it has no stem."
-    shape = find_shape(name)
-    if name == PHOTO:
-        return _PHOTO_STEM_GFLOPS
+def stem_flops_g(
+    name: str,  # of `MODELS`
+) -> float:  # operations, 10^9, forward, one image; 0 if it has no stem
+    "What the convolutions before the layers cost beyond what `cost.flops_true_g` counts."
+    shape = MODELS[check_choice('name', name, MODELS)].shape
     if MODELS[name].layout != 'lvvit':
         return 0.0
     sizes = expected_shapes(name)
-    stem = (shape.side // 2) ** 2 * sum(
-        math.prod(size) for key, size in sizes.items() if '.conv' in key
-    )
-    patches = shape.n_patches * (
-        math.prod(sizes['patch_embed.proj.weight']) - 3 * shape.patch**2 * shape.width
-    )
+    kernels = sum(math.prod(size) for key, size in sizes.items() if '.conv' in key)
+    stem = (shape.side // 2) ** 2 * kernels
+    plain = 3 * shape.patch**2 * shape.width
+    patches = shape.n_patches * (math.prod(sizes['patch_embed.proj.weight']) - plain)
     return 2 * (stem + patches) / 1e9
 
 
-def model_table(rank: int = 4) -> 'pd.DataFrame':
-    "One row a model: keys of its checkpoint, millions of frozen parameters, shape, parameters of a LoRA of `rank` on q and v, operations of a forward pass (10^9, one image)."
+def _describe_model(name: str, rank: int) -> dict:
+    "The row of `model_table` for the model `name`."
+    model = MODELS[name]
+    s = model.shape
+    sizes = expected_shapes(name)
+    counted = [math.prod(size) for k, size in sizes.items() if 'running_' not in k]
+    row = dict(model=name, keys=len(sizes), params_m=sum(counted) / 1e6)
+    row |= dict(side=s.side, patch=s.patch, patches=s.n_patches, layers=s.layers)
+    row |= dict(width=s.width, heads=s.heads, features=s.out_dim, activation=model.act)
+    lora = 4 * s.layers * s.width * rank
+    return row | dict(lora=lora, gflops=flops_true_g(s) + stem_flops_g(name))
+
+# %% ../../nbs/6_paper/01_models.ipynb #cd306b2f
+def model_table(
+    rank: int = 4,  # of the LoRA whose parameters are counted
+):  # a data frame, one row a model
+    "Keys, millions of parameters, shape, parameters of a LoRA on q and v, operations (10^9)."
     import pandas as pd
 
-    rows = []
-    for name, model in MODELS.items():
-        s, sizes = (
-            model.shape,
-            {
-                k: math.prod(size)
-                for k, size in expected_shapes(name).items()
-                if 'running_' not in k
-            },
-        )
-        rows.append(
-            dict(
-                model=name,
-                keys=len(expected_shapes(name)),
-                params_m=sum(sizes.values()) / 1e6,
-                side=s.side,
-                patch=s.patch,
-                patches=s.n_patches,
-                layers=s.layers,
-                width=s.width,
-                heads=s.heads,
-                features=s.out_dim,
-                activation=model.act,
-                lora=4 * s.layers * s.width * rank,
-                gflops=flops_true_g(s) + stem_flops_g(name),
-            )
-        )
-    return pd.DataFrame(rows).set_index('model')
+    return pd.DataFrame([_describe_model(name, rank) for name in MODELS]).set_index('model')
