@@ -43,7 +43,7 @@ from lora_recycle.rivals.finetune import (
     RATES,
     HubConfig,
     TuneConfig,
-    Tuned,
+    TunedEpisodes,
     choose_rate,
     join_tuned,
     lorahub,
@@ -365,35 +365,35 @@ class Lesson:
     gen: torch.Generator
 
 
-def _tune_full(chain: Chain, lesson: Lesson) -> Tuned:
+def _tune_full(chain: Chain, lesson: Lesson) -> TunedEpisodes:
     "All weights and a head."
     return tune_full(chain.backbone, lesson.images, lesson.episodes, lesson.config, lesson.gen)
 
 
-def _tune_head(chain: Chain, lesson: Lesson) -> Tuned:
+def _tune_head(chain: Chain, lesson: Lesson) -> TunedEpisodes:
     "A head alone."
     seen = embed(chain.backbone, lesson.images)
     return tune_head(seen, lesson.episodes, lesson.config, lesson.gen)
 
 
-def _tune_from(chain: Chain, lesson: Lesson, start: LoRA) -> Tuned:
+def _tune_from(chain: Chain, lesson: Lesson, start: LoRA) -> TunedEpisodes:
     "A LoRA that begins at `start`, and a head."
     given = (lesson.images, lesson.episodes, start, lesson.config, lesson.gen)
     return tune_lora(chain.backbone, *given)
 
 # %% ../../nbs/5_bench/03_methods.ipynb #c4dd07d6
-def _tune_new(chain: Chain, lesson: Lesson) -> Tuned:
+def _tune_new(chain: Chain, lesson: Lesson) -> TunedEpisodes:
     "A new LoRA of rank 4 and a head."
     start = new_lora(chain.backbone.layers, chain.backbone.width, 4, lesson.gen)
     return _tune_from(chain, lesson, start)
 
 
-def _tune_average(chain: Chain, lesson: Lesson) -> Tuned:
+def _tune_average(chain: Chain, lesson: Lesson) -> TunedEpisodes:
     "The exact average of the market's LoRAs, and a head."
     return _tune_from(chain, lesson, average_products(chain.market().lora))
 
 
-def _tune_mole(chain: Chain, lesson: Lesson) -> Tuned:
+def _tune_mole(chain: Chain, lesson: Lesson) -> TunedEpisodes:
     "A gate over the market's LoRAs, and a head."
     given = (lesson.images, lesson.episodes, chain.market().lora, lesson.config, lesson.gen)
     return tune_mole(chain.backbone, *given)
@@ -416,7 +416,7 @@ def load_pmf(
     return chain.store.get('pmf', key | dict(set=chain.name, seed=chain.seed), make)
 
 
-def _tune_pmf(chain: Chain, lesson: Lesson, pool: str = 'inverted') -> Tuned:
+def _tune_pmf(chain: Chain, lesson: Lesson, pool: str = 'inverted') -> TunedEpisodes:
     "P>M>F's backbone, all of it."
     start = load_pmf(chain, lesson.shot, pool)
     given = (lesson.images, lesson.episodes, start, lesson.config, lesson.gen)
@@ -426,7 +426,7 @@ def _tune_pmf(chain: Chain, lesson: Lesson, pool: str = 'inverted') -> Tuned:
 def choose_validated(
     chain: Chain,  # stages, store, backbone
     exam: Exam,  # episodes and sizes
-    tuner: Callable[[Chain, Lesson], Tuned],  # (chain, lesson) -> `Tuned`
+    tuner: Callable[[Chain, Lesson], TunedEpisodes],  # (chain, lesson) -> `TunedEpisodes`
     tuning: Tuning,  # rates and settings
 ) -> float:
     "The rate that is best on meta-validation classes of the chain's sources."
@@ -434,7 +434,7 @@ def choose_validated(
     way = exam.read('way')
     n_query = exam.read('n_query')
 
-    def tune_part(source: str, rate: float) -> Tuned:
+    def tune_part(source: str, rate: float) -> TunedEpisodes:
         "Tune on the episodes of one set."
         data = chain.open(source).split('val')
         episodes = draw_episodes(data, 'val', each, way, exam.shot, n_query, chain.seed)
@@ -451,7 +451,7 @@ def choose_validated(
 def predict_tuned(
     chain: Chain,  # stages, store, backbone
     exam: Exam,  # episodes and sizes
-    tuner: Callable[[Chain, Lesson], Tuned],  # (chain, lesson) -> `Tuned`
+    tuner: Callable[[Chain, Lesson], TunedEpisodes],  # (chain, lesson) -> `TunedEpisodes`
     tuning: Tuning,  # rates and settings
 ) -> Tensor:  # [T,way,n_query]; -1 throughout where an episode diverged
     "Fine-tune for each episode, at the chosen rate or at the only one."
