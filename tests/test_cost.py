@@ -132,10 +132,9 @@ def test_dropping_never_costs_more(plan, n_in):
             ),
             'no square',
         ),
-        (lambda: cost.cost_rows('pruning', 5, TINY), '0 to 2'),
-        (lambda: cost.cost_rows('tuning', 5, TINY), "'pruning', 'sparsity'"),
-        (lambda: cost.cost_rows('sparsity', 12, TINY), 'batch=12 makes no 5-way'),
-        (lambda: cost.cost_rows('pruning', 0, TINY, plans=({},)), 'batch=0'),
+        (lambda: cost.measure_costs(cost.make_pruning_study(), 5, TINY), '0 to 2'),
+        (lambda: cost.measure_costs(cost.make_sparsity_study(), 12, TINY), 'batch=12 makes no'),
+        (lambda: cost.measure_costs(cost.make_pruning_study(()), 0, TINY), 'batch=0'),
         (lambda: cost.interleaved({'a': print}, warmup=-1), 'warmup=-1'),
         (lambda: cost.peak_memory('a:b:c'), 'module:function'),
         (lambda: cost.peak_memory('a:b', x=torch.ones(1)), 'handed over'),
@@ -181,36 +180,29 @@ def test_a_failure_in_the_fresh_process_is_told():
         cost.peak_memory(f'{__name__}:killed')
 
 
-@pytest.mark.parametrize(
-    'table,batch,lines,memory', [('pruning', 5, 2, True), ('sparsity', 10, 4, False)]
-)
-def test_rows_fit_the_tables(table, batch, lines, memory):
-    "One plan only, so that few processes are started"
-    rows = cost.cost_rows(table, batch, TINY, repeats=1, warmup=0, memory=memory, plans=({1: 0.5},))
-    assert (
-        set(rows.columns) < set(COLUMNS)
-        and not rows.duplicated(['method', 'variant', 'metric']).any()
-    )
-    measured = ['flops_g', 'flops_true_g', 'throughput_its_per_s', 'peak_mem_mb'][
-        : 4 if memory else 3
-    ]
-    assert (
-        len(rows) == 2 * len(measured) * lines
-        and rows.metric[: 2 * len(measured)].tolist() == [f'{m}_ratio' for m in measured] + measured
-    )
-    assert rows.value.map(math.isfinite).all() and (rows.value > 0).all()
-    dense = rows[
-        rows.method.isin(['LoRA Recycle', 'LoRA Recycle without R_BN'])
-        & rows.metric.str.endswith('_ratio')
-    ]
-    assert (dense.value == 1).all()
-    if table == 'sparsity':
-        assert set(rows.method) == set(paper_table(5).method)
+@pytest.mark.parametrize('kind', ['pruning', 'sparsity'])
+def test_rows_fit_the_tables(kind):
+    "One plan only, so that few processes are started; each line of the paper has its id."
+    one = cost.make_pruning_study((((1, 0.5),),))
+    study = one if kind == 'pruning' else cost.make_sparsity_study()
+    memory = kind == 'pruning'
+    timing = cost.Timing(repeats=1, warmup=0, memory=memory)
+    rows = cost.measure_costs(study, 10, TINY, timing)
+    assert set(rows.columns) < set(COLUMNS)
+    assert not rows.duplicated(['method', 'metric']).any()
+    measured = ['flops_g', 'flops_true_g', 'throughput_its_per_s', 'peak_mem_mb'][: 3 + memory]
+    first = rows['metric'][: 2 * len(measured)].tolist()
+    assert first == [f'{m}_ratio' for m in measured] + measured
+    assert len(rows) == 2 * len(measured) * len(study.lines)
+    assert rows['value'].map(math.isfinite).all() and (rows['value'] > 0).all()
+    dense = rows[rows['method'].isin(['recycle', 'recycle-no-bn'])]
+    assert (dense[dense['metric'].str.endswith('_ratio')]['value'] == 1).all()
 
 
 def test_the_plans_are_the_papers_and_one_more():
-    variants = [str(plan) for plan in cost.PLANS]
-    assert variants == [*dict.fromkeys(paper_table(4).variant), '{6: 0.3, 8: 0.3, 11: 0.3}']
+    printed = [v for v in dict.fromkeys(paper_table(4)['variant'])]
+    ours = [str(dict(plan)) for plan in cost.PAPER_PLANS]
+    assert ours == [*printed[1:], '{6: 0.3, 8: 0.3, 11: 0.3}']
 
 
 @pytest.mark.parametrize(
@@ -233,7 +225,7 @@ def test_a_script_without_a_main_guard_can_measure(tmp_path):
     "multiprocessing would start such a script over and over"
     script = tmp_path / 'script.py'
     script.write_text(
-        f'from lora_recycle.bench.cost import *\nprint(peak_memory(FRESH, shape={astuple(TINY)!r}, batch=5, plan={{1: .5}}) > 0)\n'
+        f'from lora_recycle.bench.cost import *\nprint(peak_memory(FRESH, shape={astuple(TINY)!r}, batch=5, line=dict(plan={{1: .5}})) > 0)\n'
     )
     done = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, timeout=120

@@ -17,9 +17,9 @@ from lora_recycle.method.inversion import InversionProblem, InvertConfig, Priors
 from lora_recycle.method.lora import LoRA, new_lora
 from lora_recycle.suite.miniature import load_prior
 from lora_recycle.bench.reference import (
+    HookedPrior,
     PlainViT,
     drop_tokens,
-    hook_prior,
     market_step,
     plain_fresh_step,
     plain_inversion_step,
@@ -66,8 +66,8 @@ def test_inversion_loss_and_image_gradient_agree(backbone, plan, with_prior):
     priors = Priors(load_prior() if with_prior else None)
     problem = InversionProblem(backbone, lora.map(lambda t: t[None]), labels, config, priors)
     ours, _, _ = problem.losses(x, plan)
-    prior = load_prior() if with_prior else None
-    plain = plain_losses(wrap_lora(backbone, lora), x, labels, plan, prior, hook_prior(prior))
+    prior = HookedPrior(load_prior()) if with_prior else None
+    plain = plain_losses(wrap_lora(backbone, lora), x, labels, plan, prior)
     assert apart(ours, plain) < WITHIN
     assert apart(*(torch.autograd.grad(loss.sum(), x)[0] for loss in (ours, plain))) < WITHIN
 
@@ -125,11 +125,10 @@ def test_what_asks_for_gradients():
     assert not any(p.requires_grad for p in prior.parameters()) and not any(
         w.requires_grad for w in backbone.weights.values()
     )
-    hook_prior(prior)
+    hooked = HookedPrior(prior)
     model = wrap_lora(backbone, lora_of(backbone))
-    plain_losses(
-        model, torch.randn(5, 3, 36, 36), torch.arange(5), None, prior, hook_prior(prior)
-    ).backward()
+    x = torch.randn(5, 3, 36, 36)
+    plain_losses(model, x, torch.arange(5), None, hooked).backward()
     assert {n.split('.')[-1] for n, p in model.named_parameters() if p.grad is not None} == {
         'A',
         'B',
@@ -222,7 +221,7 @@ def test_the_benchmark_runs_and_tells_what_moved(tmp_path):
         'inversion step, {6: 0.75}, with R_BN',
         'meta-training step, 75 % dropped',
         'embedding',
-    } <= set(steps['variant'])
+    } <= set(steps['title'])
     assert rows[rows['metric'].str.endswith('_difference')]['value'].max() < WITHIN
     assert 'no rows were here before' in (tmp_path / 'out.ipynb').read_text()
     rows.loc[rows['metric'] == 'share_of_limit', 'value'] *= (
