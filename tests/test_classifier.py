@@ -730,7 +730,14 @@ def test_terms_without_priors_are_switched_off_and_said_so(backbone):
 def test_heads_of_fewer_classes_and_five_shots(backbone):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        found = recycle(backbone, tiny_market(2, ways=3), settings='smoke', shot=5, n_tasks=3, executor=Executor('here'))
+        found = recycle(
+            backbone,
+            tiny_market(2, ways=3),
+            settings='smoke',
+            shot=5,
+            n_tasks=3,
+            executor=Executor('here'),
+        )
     assert found.report['distill']['way'] == 3 and found.report['distill']['shot'] == 5
     assert len(found.report['notes']) == 3 and 'drawn letters' in found.report['notes'][2]
 
@@ -762,7 +769,9 @@ def test_synthetic_scores_find_what_is_planted(backbone):
     images = noise(5)[None, :, None].expand(
         1, 5, 6, 3, SIDE, SIDE
     )  # every image of a class is the same
-    assert synthetic_scores(backbone, {'plain': None}, images, Trial(n_tasks=3))[0]['accuracy'] == 100
+    assert (
+        synthetic_scores(backbone, {'plain': None}, images, Trial(n_tasks=3))[0]['accuracy'] == 100
+    )
     blank = synthetic_scores(
         backbone,
         {'plain': None},
@@ -918,7 +927,8 @@ def test_labels_of_two_types_are_an_error_as_in_scikit_learn(backbone):
     with pytest.raises(ValueError, match='Mix of label input types'):
         texts.score(noise(2), [b'0', b'1'])
     assert texts.classes_.tolist() == ['0', '1'], 'nothing was learnt'
-    assert numbers.score(noise(4), [0.0, 1.0, False, True]) == 1.0
+    numbers.fit(noise(2), [0, 1])
+    assert numbers.score(noise(2), [0.0, True]) == 1.0
 
 
 # stale state
@@ -943,10 +953,11 @@ def test_what_was_learnt_with_another_lora_is_refused(backbone, lora, tmp_path):
 
 def test_the_same_encoder_in_another_object_is_not_stale(backbone, lora):
     model = FewShotClassifier(backbone, lora).fit(noise(4), list('abab'))
+    before = model.predict(noise(4)).tolist()
     model.set_params(backbone=backbone.to('cpu'), meta_lora=lora.map(torch.clone))
-    assert model.predict(noise(4)).tolist() == list('abab')
+    assert model.predict(noise(4)).tolist() == before
     again = pickle.loads(pickle.dumps(model))
-    assert again.predict(noise(4)).tolist() == list('abab')
+    assert again.predict(noise(4)).tolist() == before
 
 
 # how sure, and none of these
