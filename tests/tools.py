@@ -111,11 +111,24 @@ def run_tool(*command, **more):
     return subprocess.run([tool, *map(str, command[1:])], check=True, timeout=1800, **more)
 
 
+def drop_bars(path):
+    "Remove progress bars from the outputs: `TQDM_DISABLE` does not stop those of a notebook."
+    notebook = json.loads(Path(path).read_text(encoding='utf-8'))
+    for cell in notebook['cells']:
+        if 'outputs' in cell:
+            kept = [o for o in cell['outputs'] if 'widget-view' not in json.dumps(o)]
+            cell['outputs'] = kept
+    notebook['metadata'].pop('widgets', None)
+    text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True)
+    Path(path).write_text(text + '\n', encoding='utf-8')
+
+
 def execute(path):
     "Run the notebook at `path` in place, without progress bars, clean it and stamp it."
     env = dict(os.environ, TQDM_DISABLE='1')
     how = ('--to', 'notebook', '--execute', '--inplace', '--log-level', 'WARN')
     run_tool('jupyter', 'nbconvert', *how, Path(path).name, cwd=Path(path).parent, env=env)
+    drop_bars(path)
     run_tool('nbdev_clean', '--fname', Path(path).resolve(), cwd=ROOT)
     write_stamp(path)
 
