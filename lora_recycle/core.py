@@ -8,6 +8,7 @@ __all__ = ['check_int', 'check_choice', 'check_folder', 'digest', 'generator', '
            'project_folder']
 
 # %% ../nbs/00_core.ipynb #cf37fa3a
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -24,6 +25,7 @@ import shutil
 import subprocess
 import time
 import warnings
+from collections.abc import Callable
 from datetime import datetime, timezone
 from numbers import Integral
 from pathlib import Path
@@ -44,7 +46,10 @@ def check_int(
     low: int,  # smallest legal value
     high: int = None,  # largest legal value; None: no limit
 ) -> int:  # `value`, as a plain int
-    "`value` if it is a whole number from `low` to `high`, else ValueError; True and False are not numbers here"
+    """`value` if it is a whole number from `low` to `high`, else ValueError.
+
+    True and False are not numbers here.
+    """
     legal = (
         f'a whole number from {low} to {high}'
         if high is not None
@@ -63,27 +68,32 @@ def check_choice(
     value,  # what the caller gave
     choices,  # the legal values
 ):  # `value`
-    "`value` if it is among `choices`, else ValueError with the legal values and the nearest of them"
+    "`value` if it is among `choices`, else ValueError that names the nearest of them."
     choices = list(choices)
     if value in choices:
         return value
     near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)
     hint = f' Did you mean {near[0]!r}?' if near else ''
-    raise ValueError(
-        f'{name}={value!r} is not known.{hint} Set {name} to one of: {", ".join(map(repr, choices))}.'
-    )
+    legal = ', '.join(map(repr, choices))
+    raise ValueError(f'{name}={value!r} is not known.{hint} Set {name} to one of: {legal}.')
 
 # %% ../nbs/00_core.ipynb #a63095d4
-def _temp_path(folder):
-    "A new name in `folder` that tells which process of which machine is at work there"
+def _temp_path(folder) -> Path:
+    "A new name in `folder` that tells which process of which machine is at work there."
     return Path(folder) / f'.tmp-{os.getpid()}-{secrets.token_hex(4)}-{platform.node()}'
+
+
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def check_folder(
     name: str,  # name of the argument, for the message
     folder,  # path, made if it is missing
 ) -> Path:  # `folder`, absolute
-    "`folder` if files can be written there; else PermissionError, or ValueError where it can be no folder at all"
+    """`folder` if files can be written there, else PermissionError.
+
+    ValueError where there can be no folder at all.
+    """
     folder = Path(folder).expanduser().absolute()
     probe = _temp_path(folder)
     try:
@@ -91,25 +101,39 @@ def check_folder(
         probe.write_bytes(b'')
         probe.unlink()
     except OSError as err:
-        kind = (
-            PermissionError if err.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else ValueError
-        )
+        kind = PermissionError if err.errno in _FORBIDDEN else ValueError
         raise kind(
-            f'{name}={str(folder)!r} cannot be written ({err.strerror}). Set {name} to a folder that you may write.'
+            f'{name}={str(folder)!r} cannot be written ({err.strerror}). '
+            f'Set {name} to a folder that you may write.'
         ) from err
     return folder
 
 # %% ../nbs/00_core.ipynb #1109772c
-def _sha(tag, *pieces):
-    "sha256 of `pieces`, told apart from other types by `tag`"
+def _sha(tag: str, *pieces: bytes) -> bytes:
+    "sha256 of `pieces`, told apart from other types by `tag`."
     h = hashlib.sha256(tag.encode() + b'\0')
     for piece in pieces:
         h.update(piece)
     return h.digest()
 
 
-def _hash(x):
-    "32 bytes that stand for the type and the content of `x`"
+def _hash_array(x: Tensor | np.ndarray) -> bytes:
+    "32 bytes for the type, shape and content of a tensor or array."
+    if isinstance(x, Tensor):
+        flat = x.detach().cpu().contiguous().reshape(-1)
+        return _sha(f'tensor {x.dtype} {tuple(x.shape)}', flat.view(torch.uint8).numpy())
+    return _sha(f'array {x.dtype.str} {x.shape}', np.ascontiguousarray(x).tobytes())
+
+
+def _list_fields(x) -> dict | None:
+    "The fields of a dataclass by name; None for anything else."
+    if isinstance(x, type) or not dataclasses.is_dataclass(x):
+        return None
+    return {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
+
+# %% ../nbs/00_core.ipynb #05f8b3c4
+def _hash(x) -> bytes:
+    "32 bytes that stand for the type and the content of `x`."
     if x is None or isinstance(x, (bool, np.bool_)):
         return _sha('truth', str(x).encode())
     if isinstance(x, Integral):
@@ -122,25 +146,24 @@ def _hash(x):
         return _sha('list', *map(_hash, x))
     if isinstance(x, dict):
         return _sha('dict', *sorted(_hash(k) + _hash(v) for k, v in x.items()))
-    if isinstance(x, Tensor):
-        flat = x.detach().cpu().contiguous().reshape(-1)
-        return _sha(f'tensor {x.dtype} {tuple(x.shape)}', flat.view(torch.uint8).numpy())
-    if isinstance(x, np.ndarray) and x.dtype != object:
-        return _sha(f'array {x.dtype.str} {x.shape}', np.ascontiguousarray(x).tobytes())
-    if dataclasses.is_dataclass(x) and not isinstance(x, type):
-        return _sha(
-            f'dataclass {type(x).__name__}',
-            _hash({f.name: getattr(x, f.name) for f in dataclasses.fields(x)}),
-        )
+    if isinstance(x, Tensor) or (isinstance(x, np.ndarray) and x.dtype != object):
+        return _hash_array(x)
+    content = _list_fields(x)
+    if content is not None:
+        return _sha(f'dataclass {type(x).__name__}', _hash(content))
     raise ValueError(
-        f'a {type(x).__name__} has no digest. Give numbers, strings, paths, lists, dicts, dataclasses, tensors or arrays.'
+        f'a {type(x).__name__} has no digest. Give numbers, strings, paths, lists, dicts, '
+        'dataclasses, tensors or arrays.'
     )
 
 # %% ../nbs/00_core.ipynb #2a73a19c
 def digest(
-    *parts,  # numbers, strings, paths, None, lists, dicts, dataclasses, tensors, arrays; nested as you like
+    *parts,  # numbers, strings, paths, None, lists, dicts, dataclasses, tensors, arrays; nested
 ) -> str:  # 16 hexadecimal digits
-    "Short name of the content of `parts`, the same on every machine; ValueError for a type without a stable content"
+    """Short name of the content of `parts`, the same on every machine.
+
+    ValueError for a type without a stable content.
+    """
     return _hash(parts).hex()[:16]
 
 # %% ../nbs/00_core.ipynb #c1b05593
@@ -148,15 +171,17 @@ def generator(
     seed: int,  # the seed of the run, 0 or more
     *keys,  # what is drawn: strings, numbers, tuples
 ) -> torch.Generator:  # on the CPU, so that every device sees the same draws
-    "A random generator of its own for (`seed`, `keys`); ValueError for a negative seed"
+    "A random generator of its own for (`seed`, `keys`); ValueError for a negative seed."
     check_int('seed', seed, 0)
     return torch.Generator().manual_seed(int.from_bytes(_hash((seed, *keys))[:8], 'big') >> 1)
 
 # %% ../nbs/00_core.ipynb #d20dcffd
-def plain(x):
-    "`x` in the words of JSON: dataclasses become dicts, paths text, tensors and arrays their shape and digest"
-    if dataclasses.is_dataclass(x) and not isinstance(x, type):
-        x = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
+def plain(
+    x,  # anything with a digest, nested as you like
+):  # dicts, lists, numbers, strings, truth values and None
+    "`x` in the words of JSON; of tensors and arrays their shape and digest."
+    content = _list_fields(x)
+    x = x if content is None else content
     if isinstance(x, dict):
         return {str(k): plain(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)):
@@ -171,7 +196,7 @@ def plain(x):
 
 # %% ../nbs/00_core.ipynb #2e925429
 def _sync_folder(folder):
-    "Force the names in `folder` to the disk, where the system can"
+    "Force the names in `folder` to the disk, where the system can."
     if os.name != 'posix':
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -181,8 +206,11 @@ def _sync_folder(folder):
         os.close(handle)
 
 
-def write_bytes(path, data: bytes):
-    "Write `data` to `path`, whole or not at all; its folder is made if needed"
+def write_bytes(
+    path,  # of the file; its folder is made if needed
+    data: bytes,  # all of it
+):
+    "Write `data` to `path`, whole or not at all."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = _temp_path(path.parent)
@@ -196,14 +224,20 @@ def write_bytes(path, data: bytes):
         tmp.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
-
-def write_text(path, text: str):
-    "Write `text` to `path` as UTF-8, whole or not at all"
+# %% ../nbs/00_core.ipynb #abd9b6ad
+def write_text(
+    path,  # of the file
+    text: str,  # all of it
+):
+    "Write `text` to `path` as UTF-8, whole or not at all."
     write_bytes(path, text.encode())
 
 
-def write_json(path, value):
-    "Write `value`, made `plain`, to `path` as JSON, whole or not at all"
+def write_json(
+    path,  # of the file
+    value,  # made `plain`
+):
+    "Write `value` to `path` as JSON, whole or not at all."
     write_text(path, json.dumps(plain(value), indent=1, ensure_ascii=False) + '\n')
 
 # %% ../nbs/00_core.ipynb #5ff8b927
@@ -212,22 +246,22 @@ def save_tensors(
     tensors: dict,  # name -> tensor, on any device
     metadata: dict = None,  # short strings to keep beside them: name -> str
 ) -> dict:  # {"bytes": size of the file, "sha256": its digest}
-    "Write `tensors` to `path`, whole or not at all; ValueError if something is not a tensor"
-    wrong = [name for name, t in tensors.items() if not isinstance(t, Tensor)]
-    if wrong:
-        raise ValueError(
-            f'tensors[{wrong[0]!r}] is a {type(tensors[wrong[0]]).__name__}. Give tensors only, texts as `metadata`.'
-        )
+    "Write `tensors` to `path`, whole or not at all; ValueError if something is not a tensor."
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise ValueError(
+                f'tensors[{name!r}] is a {type(t).__name__}. Give tensors only, '
+                'texts as `metadata`.'
+            )
     # a copy, for safetensors refuses tensors that share memory
-    data = safetensors.torch.save(
-        {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, metadata
-    )
+    alone = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    data = safetensors.torch.save(alone, metadata)
     write_bytes(path, data)
     return {'bytes': len(data), 'sha256': hashlib.sha256(data).hexdigest()}
 
 # %% ../nbs/00_core.ipynb #31bf8490
-def _read_tensors(path, expected_sha256):
-    "All tensors of `path`; ValueError with the bare reason if its content is not what was written"
+def _read_tensors(path: Path, expected_sha256: str | None) -> dict[str, Tensor]:
+    "All tensors of `path`; ValueError with the bare reason if it is not what was written."
     data = path.read_bytes()
     found = hashlib.sha256(data).hexdigest()
     if expected_sha256 is not None and found != expected_sha256:
@@ -242,7 +276,7 @@ def load_tensors(
     path,  # file that `save_tensors` wrote
     expected_sha256: str = None,  # its digest, when known: then checked
 ) -> dict:  # name -> tensor, on the CPU
-    "All tensors of `path`; FileNotFoundError if it is missing, ValueError if it is cut short or altered"
+    "All tensors of `path`; ValueError if it is cut short or altered."
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(
@@ -255,35 +289,32 @@ def load_tensors(
             f'{path} is damaged: {err}. Delete it, then make or fetch it again.'
         ) from err
 
-
-def load_metadata(path) -> dict:
-    "The strings that were saved beside the tensors of `path`"
+# %% ../nbs/00_core.ipynb #46eccbcf
+def load_metadata(
+    path,  # file that `save_tensors` wrote
+) -> dict:  # name -> str
+    "The strings that were saved beside the tensors of `path`."
     load_tensors(path)
     with safetensors.safe_open(path, 'pt') as f:
         return f.metadata() or {}
 
 # %% ../nbs/00_core.ipynb #86389d36
-_DAMAGE = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-)  # what reading an entry raises when something in it is not as it was written
+# what reading an entry raises when something in it is not as it was written
+_DAMAGE = (OSError, ValueError, KeyError, TypeError)
 
 
-def _load_entry(entry):
-    "The tensors of the cache entry `entry`, checked against its manifest; one of `_DAMAGE` otherwise"
-    record = json.loads((entry / 'manifest.json').read_text(encoding='utf-8'))['files'][
-        'data.safetensors'
-    ]
+def _load_entry(entry: Path) -> dict[str, Tensor]:
+    "The tensors of the cache entry `entry`, checked against its manifest, else one of `_DAMAGE`."
+    manifest = json.loads((entry / 'manifest.json').read_text(encoding='utf-8'))
+    record = manifest['files']['data.safetensors']
     size = (entry / 'data.safetensors').stat().st_size
     if size != record['bytes']:
         raise ValueError(f'data.safetensors has {size} of {record["bytes"]} bytes')
     return _read_tensors(entry / 'data.safetensors', record['sha256'])
 
 
-def _sweep(folder):
-    "Remove the temporary folders of processes of this machine that are no more"
+def _sweep(folder: Path):
+    "Remove the temporary folders of processes of this machine that are no more."
     if os.name != 'posix':
         return  # elsewhere asking whether a process lives may end it
     for tmp in folder.glob('*/.tmp-*'):
@@ -298,8 +329,8 @@ def _sweep(folder):
             pass  # alive, and somebody else's
 
 # %% ../nbs/00_core.ipynb #8f545b5d
-def _install(tmp, entry):
-    "Rename the finished folder `tmp` to `entry`, unless a sound entry of another run is there by now"
+def _install(tmp: Path, entry: Path):
+    "Rename the finished folder `tmp` to `entry`, unless a sound entry of another run is there."
     while True:
         try:
             os.rename(tmp, entry)
@@ -311,19 +342,22 @@ def _install(tmp, entry):
             _load_entry(entry)
             return shutil.rmtree(tmp)
         except _DAMAGE:
-            aside = _temp_path(entry.parent)
-            try:
-                os.rename(entry, aside)
-            except FileNotFoundError:
-                continue  # the other run moved it first
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove(entry)
 
 
+def _remove(entry: Path):
+    "Remove a damaged entry, unless another run does."
+    aside = _temp_path(entry.parent)
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(entry, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+# %% ../nbs/00_core.ipynb #f8b20b51
 _INSIDE = []  # seconds that entries took which were made inside the one in the making
 
 
-def _timed(make):
-    "What `make` returns, and the seconds it took but for other entries that it had made"
+def _timed(make: Callable) -> tuple:
+    "What `make` returns, and the seconds it took but for other entries that it had made."
     _INSIDE.append(0.0)
     start = time.perf_counter()
     try:
@@ -335,50 +369,57 @@ def _timed(make):
             _INSIDE[-1] += total
     return made, total - inside
 
+# %% ../nbs/00_core.ipynb #19f805b8
+def _now() -> str:
+    "This moment in UTC, to the second."
+    return datetime.now(timezone.utc).isoformat(timespec='seconds')
 
-def _write_entry(entry, kind, key, make, device):
-    "Call `make` and keep what it returns as `entry`"
+
+def _device_name(device) -> str:
+    "The name that the maker gave to `device`."
+    if torch.device(device).type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    info = Path('/proc/cpuinfo')
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')]
+    return names[0] if names else platform.machine()
+
+# %% ../nbs/00_core.ipynb #62e1ae8d
+def _write_entry(entry: Path, key, make: Callable, device):
+    "Call `make` and keep what it returns as `entry`, whose folder is named by its kind."
     tensors, seconds = _timed(make)
     tmp = _temp_path(entry.parent)
     files = {'data.safetensors': save_tensors(tmp / 'data.safetensors', tensors)}
-    write_json(
-        tmp / 'manifest.json',
-        dict(
-            kind=kind,
-            key=key,
-            files=files,
-            created=_now(),
-            seconds=round(seconds, 3),
-            device=str(device),
-            device_name=_device_name(device),
-            threads=torch.get_num_threads(),
-            versions=dict(lora_recycle=__version__, torch=torch.__version__),
-        ),
+    record = dict(
+        kind=entry.parent.name,
+        key=key,
+        files=files,
+        created=_now(),
+        seconds=round(seconds, 3),
+        device=str(device),
+        device_name=_device_name(device),
+        threads=torch.get_num_threads(),
+        versions=dict(lora_recycle=__version__, torch=torch.__version__),
     )
+    write_json(tmp / 'manifest.json', record)
     _install(tmp, entry)
 
 
-def _renew_entry(entry, kind, key, make, device):
-    "(outcome, tensors) of an `entry` that was absent or damaged a moment ago: another process may have made it since"
+def _renew_entry(entry: Path, key, make: Callable, device) -> tuple[str, dict]:
+    "(outcome, tensors) of an `entry` that was absent or damaged before the lock was ours."
     try:
         return 'hit', _load_entry(entry)
     except _DAMAGE as err:
         outcome = 'rebuilt' if entry.exists() else 'made'
         if outcome == 'rebuilt':
-            warnings.warn(
-                f'the cache entry {entry} is damaged ({err}) and is made again', stacklevel=4
-            )
-    _write_entry(entry, kind, key, make, device)
+            message = f'the cache entry {entry} is damaged ({err}) and is made again'
+            warnings.warn(message, stacklevel=4)
+    _write_entry(entry, key, make, device)
     return outcome, _load_entry(entry)
 
-
-def _now():
-    "This moment in UTC, to the second"
-    return datetime.now(timezone.utc).isoformat(timespec='seconds')
-
 # %% ../nbs/00_core.ipynb #282c46d2
-class Cache:
-    "Results of stages in `folder`, each computed once; `log` lists (kind, digest, 'hit' | 'made' | 'rebuilt', seconds) of this object"
+class _Entries:
+    "Where results are kept."
 
     def __init__(self, folder):
         self.folder = check_folder('cache_dir', folder)
@@ -386,12 +427,29 @@ class Cache:
         _sweep(self.folder)
 
     def entry(self, kind: str, key) -> Path:
-        "The folder in which the result for (`kind`, `key`) is kept, there or not"
+        "The folder in which the result for (`kind`, `key`) is kept, there or not."
         if not (isinstance(kind, str) and kind.isidentifier()):
             raise ValueError(
-                f'kind={kind!r} is not legal: it names a sub-folder. Use one word of letters, digits and _.'
+                f'kind={kind!r} is not legal: it names a sub-folder. '
+                'Use one word of letters, digits and _.'
             )
         return self.folder / kind / digest(kind, key)
+
+    def record(self, kind: str, key) -> dict:
+        "When, where and in how many seconds the result for (`kind`, `key`) was made."
+        return json.loads((self.entry(kind, key) / 'manifest.json').read_text(encoding='utf-8'))
+
+    def _lock(self, entry: Path) -> FileLock:
+        "Held while `entry` is made; the system lets go of it however the process ends."
+        (self.folder / '.locks').mkdir(exist_ok=True)
+        return FileLock(self.folder / '.locks' / f'{entry.parent.name}-{entry.name}')
+
+# %% ../nbs/00_core.ipynb #e1a13b32
+class Cache(_Entries):
+    """Results of stages in `folder`, each computed once.
+
+    `log` lists (kind, digest, 'hit', 'made' or 'rebuilt', seconds) of this object.
+    """
 
     def get(
         self,
@@ -408,81 +466,53 @@ class Cache:
             tensors = _load_entry(entry)
         except _DAMAGE:
             with self._lock(entry):
-                outcome, tensors = _renew_entry(entry, kind, key, make, device)
+                outcome, tensors = _renew_entry(entry, key, make, device)
         self.log.append((kind, entry.name, outcome, round(time.perf_counter() - start, 3)))
         return tensors
 
-    def record(self, kind: str, key) -> dict:
-        "When, where and in how many seconds the result for (`kind`, `key`) was made."
-        return json.loads((self.entry(kind, key) / 'manifest.json').read_text(encoding='utf-8'))
-
-    def _lock(self, entry):
-        "Held by the process that makes `entry`; the system lets go of it when that process ends, however it ends"
-        (self.folder / '.locks').mkdir(exist_ok=True)
-        return FileLock(self.folder / '.locks' / f'{entry.parent.name}-{entry.name}')
-
 # %% ../nbs/00_core.ipynb #b947ab32
 _PACKAGES = (
-    'torch',
-    'torchvision',
-    'open_clip_torch',
-    'timm',
-    'numpy',
-    'pandas',
-    'seaborn',
-    'matplotlib',
-    'scikit-learn',
-    'safetensors',
+    *('torch', 'torchvision', 'open_clip_torch', 'timm', 'numpy', 'pandas'),
+    *('seaborn', 'matplotlib', 'scikit-learn', 'safetensors'),
 )
 
 
-def _version(package):
-    "Installed version of `package`, None if it is not installed"
+def _version(package: str) -> str | None:
+    "Installed version of `package`, None if it is not installed."
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
+# %% ../nbs/00_core.ipynb #8f007d05
+def _find_root() -> Path:
+    "The folder that holds this package."
+    return Path(importlib.util.find_spec('lora_recycle').origin).resolve().parent.parent
 
-def _git(*args):
-    "What git says about the folder that holds this package; None without git or outside a repository"
-    root = Path(importlib.util.find_spec('lora_recycle').origin).resolve().parent.parent
+
+def _git(*args: str) -> str | None:
+    "What git says about the package's folder; None without git or outside a repository."
+    command = ['git', '-C', _find_root(), *args]
     try:
-        done = subprocess.run(
-            ['git', '-C', root, *args], capture_output=True, text=True, timeout=20
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _commit():
-    "(commit, dirty) of the checkout of this package; (None, None) if it was installed elsewhere"
-    root = Path(importlib.util.find_spec('lora_recycle').origin).resolve().parent.parent
+def _commit() -> tuple:
+    "(commit, dirty) of this package's checkout; (None, None) if it was installed elsewhere."
     top = _git('rev-parse', '--show-toplevel')
-    if top is None or Path(top).resolve() != root:
+    if top is None or Path(top).resolve() != _find_root():
         return None, None
-    return _git('rev-parse', 'HEAD'), bool(
-        _git('status', '--porcelain', '--', 'lora_recycle', 'nbs')
-    )
-
-
-def _device_name(device):
-    "The name that the maker gave to `device`"
-    if torch.device(device).type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    info = Path('/proc/cpuinfo')
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')),
-        platform.machine(),
-    )
+    changed = _git('status', '--porcelain', '--', 'lora_recycle', 'nbs')
+    return _git('rev-parse', 'HEAD'), bool(changed)
 
 # %% ../nbs/00_core.ipynb #c5fe7b46
 def environment(
     device='cpu',  # torch device on which the work is done
 ) -> dict:  # ready for JSON
-    "Commit, versions and machine of this run; `commit` and `dirty` are None outside a checkout"
+    "Commit, versions and machine of this run; `commit` and `dirty` are None elsewhere."
     commit, dirty = _commit()
     return dict(
         commit=commit,

@@ -85,6 +85,19 @@ def slow_two(folder, n):
     return Cache(Path(folder) / 'cache').get('square', n, make)['x'].item()
 
 
+def ask_stage(folder, seconds, value, said):
+    "Ask the cache in `folder` for a stage that takes `seconds` and gives `value`; say how it went"
+
+    def make():
+        said.send('started')
+        time.sleep(seconds)
+        return {'x': torch.full((200, 1000), value)}
+
+    cache = Cache(folder)
+    x = cache.get('stage', {'size': 3}, make)['x']
+    said.send((int(x[0, 0]), bool((x == x[0, 0]).all()), cache.log[0][2]))
+
+
 def sleep(folder, n):
     begun(folder, n)
     time.sleep(600)
