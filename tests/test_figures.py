@@ -1,4 +1,4 @@
-"Figures 7 to 9 through the real papermill command line, and the rival inversion of Figure 7 by itself."
+"Figures 7 to 9 through the real papermill command line, and the rival inversion of Figure 7."
 
 import json
 import subprocess
@@ -11,39 +11,36 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tools import read_cells
 
-from lora_recycle.rivals.cmi import CmiConfig, contrastive_loss, invert_cmi, generator_net
+from lora_recycle.bench.results import TIME_COLUMNS, read_episodes, read_rows
 from lora_recycle.core import generator
-from lora_recycle.suite.images import IN_DOMAIN
 from lora_recycle.method.inversion import InvertConfig
 from lora_recycle.method.lora import new_lora
+from lora_recycle.rivals.cmi import CmiConfig, contrastive_loss, generator_net, invert_cmi
+from lora_recycle.suite.images import IN_DOMAIN
 from lora_recycle.suite.miniature import load_miniature
-from lora_recycle.bench.results import TIME_COLUMNS, read_episodes, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = (
-    'real images (oracle)',
-    'without R_BN',
-    'without the token prior',
-    'without total variation',
-    'without any prior',
-)
+WITHOUT = ('recycle-no-bn', 'recycle-no-tokens', 'recycle-no-tv', 'recycle-no-prior')
+MEASURED = {
+    'teacher_accuracy',
+    'cross_entropy',
+    'r_bn',
+    'token_prior',
+    'total_variation',
+    'diversity',
+    'nearest_real_class',
+}
 
 
 def papermill(folder, **parameters):
     "Run the notebook at smoke scale below `folder`: exit status and what it said"
-    values = (
-        dict(scale='smoke', out_dir=folder / 'results', cache_dir=folder / 'cache') | parameters
-    )
-    command = [
-        sys.executable,
-        '-m',
-        'papermill',
-        'nbs/figures.ipynb',
-        str(folder / 'out.ipynb'),
-        '--no-progress-bar',
-        *(w for k, v in values.items() for w in ('-p', k, str(v))),
-    ]
+    values = dict(scale='smoke', out_dir=folder / 'results', cache_dir=folder / 'cache')
+    values |= parameters
+    given = [word for k, v in values.items() for word in ('-p', k, str(v))]
+    command = [sys.executable, '-m', 'papermill', '--no-progress-bar', 'nbs/figures.ipynb']
+    command += [str(folder / 'out.ipynb'), *given]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     return done.returncode, done.stdout + done.stderr
 
@@ -62,15 +59,11 @@ def rows(finished):
     return read_rows(finished / 'results' / 'figures')
 
 
-def cell(rows, table, metric, variant, method='LoRA Recycle'):
+def cell(rows, table, metric, method):
     "The one value of this metric"
-    found = rows[
-        (rows['table'] == table)
-        & (rows['metric'] == metric)
-        & (rows['variant'] == variant)
-        & (rows['method'] == method)
-    ]
-    assert len(found) == 1, (table, metric, method, variant)
+    there = (rows['table'] == table) & (rows['metric'] == metric) & (rows['method'] == method)
+    found = rows[there]
+    assert len(found) == 1, (table, metric, method)
     return found['value'].item()
 
 
@@ -79,70 +72,64 @@ def test_all_is_written(finished):
     for n in (7, 8, 9):
         assert (out / f'figure{n}.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
     record = json.loads((out / 'run.json').read_text())
-    assert (
-        record['command'].startswith('papermill nbs/figures.ipynb')
-        and record['environment']['versions']['torch']
-    )
+    assert 'papermill nbs/figures.ipynb' in record['command']
+    assert record['environment']['versions']['torch']
+    assert record['config']['parameters']['scale'] == 'smoke'
+
+
+def metrics(rows, table):
+    "Method -> its metrics"
+    return rows[rows['table'] == table].groupby('method')['metric'].agg(set).to_dict()
 
 
 def test_rows_are_complete(rows):
     assert set(rows['table']) == {'figure7', 'figure8', 'figure9'} and rows['value'].notna().all()
-    by_themselves = {
-        'teacher_accuracy',
-        'cross_entropy',
-        'r_bn',
-        'token_prior',
-        'total_variation',
-        'diversity',
-        'nearest_real_class',
-    }
-    seven = rows[rows['table'] == 'figure7'].groupby(['method', 'variant'])['metric'].agg(set)
     timed = {'seconds_per_lora', 'seconds_per_lora_ratio'}
-    assert (
-        seven['CMI', 'start at zero']
-        == seven['LoRA Recycle', "start at zero, the paper's losses"]
-        == by_themselves | timed | {'accuracy'}
-    )
-    assert seven['LoRA Recycle', 'start at zero, real images (oracle)'] == by_themselves | {
-        'accuracy'
-    } and seven['NN', ''] == {'accuracy'}
-    nine = (
-        rows[(rows['table'] == 'figure9') & (rows['method'] == 'LoRA Recycle')]
-        .groupby('variant')['metric']
-        .agg(set)
-    )
-    assert set(nine.index) == {'start at zero', *(f'start at zero, {w}' for w in WORDS)} and all(
-        m == by_themselves | {'accuracy'} for m in nine
-    )
+    seven = metrics(rows, 'figure7')
+    assert set(seven) == {'nn', 'recycle-real', 'recycle', 'recycle-paper-losses', 'cmi'}
+    for method in ('recycle', 'recycle-paper-losses', 'cmi'):
+        assert seven[method] == MEASURED | timed | {'accuracy'}
+    assert seven['recycle-real'] == MEASURED | {'accuracy'} and seven['nn'] == {'accuracy'}
+    nine = metrics(rows, 'figure9')
+    assert nine.pop('nn') == {'accuracy'}
+    assert set(nine) == {'recycle-real', 'recycle', *WITHOUT}
+    assert all(found == MEASURED | {'accuracy'} for found in nine.values())
     eight = rows[rows['table'] == 'figure8']
     assert len(eight) == len(IN_DOMAIN) * 2 * 5 and set(eight['dataset']) == set(IN_DOMAIN)
+    assert set(eight['method']) == {'recycle-own-lora', 'recycle-plain-backbone'}
+
+
+def test_titles_are_for_readers_and_tell_methods_apart(rows):
+    titles = rows.groupby('method')['title'].agg(set)
+    assert all(len(found) == 1 for found in titles)
+    assert len({*titles.map(min)}) == len(titles)
+    assert set(rows[rows['method'].str.startswith('recycle')]['start']) == {'zero'}
 
 
 def test_shares_are_percent_and_times_ratios(rows):
-    shares = rows[
-        rows['metric'].isin(('accuracy', 'teacher_accuracy', 'nearest_real_class'))
-        | (rows['table'] == 'figure8')
-    ]
+    percent = rows['metric'].isin(('accuracy', 'teacher_accuracy', 'nearest_real_class'))
+    shares = rows[percent | (rows['table'] == 'figure8')]
     assert shares['value'].between(0, 100).all()
-    assert cell(rows, 'figure7', 'seconds_per_lora_ratio', 'start at zero') == 1
-    assert cell(rows, 'figure7', 'seconds_per_lora', 'start at zero', 'CMI') > 0
+    assert cell(rows, 'figure7', 'seconds_per_lora_ratio', 'recycle') == 1
+    assert cell(rows, 'figure7', 'seconds_per_lora', 'cmi') > 0
 
 
 def test_what_both_figures_show_is_one_measurement(rows):
     for metric in ('accuracy', 'r_bn', 'token_prior', 'diversity'):
-        for variant in ('start at zero', 'start at zero, real images (oracle)'):
-            assert cell(rows, 'figure7', metric, variant) == cell(rows, 'figure9', metric, variant)
+        for method in ('recycle', 'recycle-real'):
+            both = [cell(rows, table, metric, method) for table in ('figure7', 'figure9')]
+            assert both[0] == both[1]
 
 
 def test_a_prior_that_is_left_out_is_missed(rows):
-    for metric, variant in (('r_bn', 'without R_BN'), ('token_prior', 'without the token prior')):
-        assert cell(rows, 'figure9', metric, 'start at zero') < cell(
-            rows, 'figure9', metric, f'start at zero, {variant}'
-        )
+    for metric, method in (('r_bn', 'recycle-no-bn'), ('token_prior', 'recycle-no-tokens')):
+        whole = cell(rows, 'figure9', metric, 'recycle')
+        assert whole < cell(rows, 'figure9', metric, method)
 
 
 def test_the_controls_of_figure_8_are_controls(rows):
-    "Real images are told from inverted ones of four steps, not from other real ones; their own classes are found"
+    """Real images are told from inverted ones of four steps, not from other real ones;
+    their own classes are found"""
     mean = rows[rows['table'] == 'figure8'].groupby('metric')['value'].mean()
     assert 30 < mean['told_apart_real'] < 70 < mean['told_apart']
     assert mean['real_to_real'] > 70 > mean['inverted_to_real'] > 20
@@ -151,18 +138,13 @@ def test_the_controls_of_figure_8_are_controls(rows):
 def test_episodes_give_the_accuracies_back(finished, rows):
     episodes = read_episodes(finished / 'results' / 'figures')
     for r in rows[rows['metric'] == 'accuracy'].itertuples():
-        assert (
-            episodes[f'{r.dataset}|{r.shot}|{r.method}|{r.variant}'].mean()
-            == pytest.approx(r.value, abs=1e-9)
-            and r.n_tasks == 20
-        )
+        found = episodes[f'{r.dataset}|{r.shot}|{r.method}'].mean()
+        assert found == pytest.approx(r.value, abs=1e-9) and r.n_tasks == 20
 
 
 def test_statements_are_judged(finished):
     text = (finished / 'out.ipynb').read_text()
-    assert (
-        sum(text.count(f'<td>{v}</td>') for v in ('holds', 'does not hold', 'cannot be told')) == 8
-    )
+    assert sum(text.count(f'<td>{v}</td>') for v in ('holds', 'fails', 'open')) == 8
 
 
 def test_a_full_cache_makes_nothing(finished, rows):
@@ -170,31 +152,47 @@ def test_a_full_cache_makes_nothing(finished, rows):
     assert code == 0, said[-3000:]
     stages = json.loads((finished / 'results/figures/run.json').read_text())['stages']
     assert stages and {s['outcome'] for s in stages} == {'hit'}
-    again = read_rows(finished / 'results' / 'figures')
-    pd.testing.assert_frame_equal(
-        rows.drop(columns=list(TIME_COLUMNS)),
-        again.drop(columns=list(TIME_COLUMNS)),
-        check_exact=True,
-    )
+    again = read_rows(finished / 'results' / 'figures').drop(columns=list(TIME_COLUMNS))
+    before = rows.drop(columns=list(TIME_COLUMNS))
+    pd.testing.assert_frame_equal(before, again, check_exact=True)
+
+
+def run_guards(folder, **parameters):
+    "The cells up to the first work, with `parameters`, as papermill would run them, but here"
+    given = dict(out_dir=str(folder / 'results'), cache_dir=str(folder / 'cache')) | parameters
+    names = {}
+    for cell in read_cells(ROOT / 'nbs' / 'figures.ipynb'):
+        exec(cell['source'], names)
+        if 'parameters' in cell['metadata'].get('tags', []):
+            names.update(given)
+        if "check_folder('cache_dir'" in cell['source']:
+            return
 
 
 @pytest.mark.parametrize(
     'parameters, words',
     [
         (dict(scale='embeded'), ["scale='embeded'", "Did you mean 'embedded'"]),
+        (dict(scale='paper'), ["scale='paper'", 'smoke']),
         (dict(cache='x'), ["'cache'", "Did you mean 'cache_dir'"]),
         (dict(seed=-1), ['seed=-1', '0 or more']),
         (dict(device='gpu'), ["device='gpu'", "'cpu'"]),
     ],
 )
 def test_bad_parameters_end_before_any_work(tmp_path, parameters, words):
-    code, said = papermill(tmp_path, **parameters)
-    assert code != 0
+    with pytest.raises(ValueError) as err:
+        run_guards(tmp_path, **parameters)
     for word in words:
-        assert word in said, said[-1500:]
-    assert not (tmp_path / 'results' / 'figures' / 'rows.csv').exists() and not list(
-        (tmp_path / 'cache').glob('*/*')
-    )
+        assert word in str(err.value)
+    assert not list(tmp_path.glob('*/*/*'))
+    run_guards(tmp_path)
+
+
+def test_a_misspelt_parameter_ends_papermill(tmp_path):
+    code, said = papermill(tmp_path, cache='x')
+    assert code != 0 and "Did you mean 'cache_dir'" in said, said[-1500:]
+    assert not (tmp_path / 'results' / 'figures' / 'rows.csv').exists()
+    assert not list((tmp_path / 'cache').glob('*/*'))
 
 
 @settings(max_examples=30, deadline=None)
