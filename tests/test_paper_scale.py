@@ -1,4 +1,8 @@
-"From files in their real layout to tables: the paper's data sets and backbones at scale `paper`, shrunk only in counts, with random weights."
+"""From files in their real layout to tables: the paper's data sets and backbones at scale `paper`.
+
+Shrunk in counts, and weights are random; one test has the whole ViT-B/16, all others tiny models
+under the paper's names, which take the same path.
+"""
 
 import os
 import shutil
@@ -15,45 +19,67 @@ import torch
 from safetensors.torch import load_file, save_file
 from torchvision.models import resnet50
 
-from lora_recycle.paper import models
-from lora_recycle.core import Cache
+from lora_recycle.bench.claims import claims_of, judge
 from lora_recycle.bench.cost import ViTShape
-from lora_recycle.rivals.finetune import HubConfig, TuneConfig
-from lora_recycle.bench.methods import BOUNDS
-from lora_recycle.method.chain import SCALES, Files
+from lora_recycle.bench.methods import SCALES
+from lora_recycle.bench.report import write_page
+from lora_recycle.bench.results import write_episodes, write_rows
+from lora_recycle.bench.runs import SeedRun
+from lora_recycle.bench.tables import (
+    AT_PAPER_SCALE,
+    TABLES,
+    Place,
+    Scene,
+    chosen_methods,
+    make_table,
+    table_at,
+    table_columns,
+)
+from lora_recycle.core import Cache
+from lora_recycle.jobs import Executor
+from lora_recycle.method.chain import Files, Recipe
+from lora_recycle.paper import models
 from lora_recycle.paper.preflight import (
     bytes_an_image,
     calibrate,
     data_row,
     disk_row,
+    list_work,
     plan_of,
     preflight,
     refuse,
     weight_row,
-    works,
 )
-from lora_recycle.bench.results import comparison, write_episodes, write_rows
-from lora_recycle.bench.tables import AT_PAPER_SCALE, TABLES, chosen_methods, make_table, table_runs
+from lora_recycle.rivals.finetune import HubConfig, TuneConfig
 
+ROOT = Path(__file__).resolve().parent.parent
 PAPER = SCALES['paper']
-# counts only: what an image is, how it is read, and every kind of step are those of the paper's scale
-FEW = replace(
-    PAPER,
-    n_query=1,
-    shots=(1,),
-    n_tasks=3,
-    n_tuned=2,
-    n_val=2,
-    rounds=2,
-    market=replace(PAPER.market, n_loras=4, steps=1, batch=1),
-    invert=replace(PAPER.invert, steps=2, per_class=2),
-    distill=replace(PAPER.distill, steps=1, n_query=1, cycle=2, warmup=1),
-    tune=TuneConfig(steps=1, batch=2),
-    hub=HubConfig(steps=1, views=1),
+
+
+def alter(scale, **changes):
+    "The scale with its chain's configs changed: market=dict(n_loras=2), ..."
+    parts = {name: replace(getattr(scale.chain, name), **new) for name, new in changes.items()}
+    return replace(scale, chain=replace(scale.chain, **parts))
+
+
+# counts only: what an image is, how it is read, and every kind of step are those of the paper
+FEW = alter(
+    replace(
+        PAPER,
+        n_query=1,
+        shots=(1,),
+        n_tasks=3,
+        n_tuned=2,
+        n_val=2,
+        tune=TuneConfig(steps=1, batch=2),
+        hub=HubConfig(steps=1, views=1),
+        machine=replace(PAPER.machine, rounds=2, executor=Executor('here')),
+    ),
+    market=dict(n_loras=4, steps=1, batch=1),
+    invert=dict(steps=2, per_class=2),
+    distill=dict(steps=1, n_query=1, cycle=2, warmup=1),
 )
-ALONE = replace(
-    FEW, market=replace(FEW.market, n_loras=2)
-)  # a market of one set needs no shares for four
+ALONE = alter(FEW, market=dict(n_loras=2))  # a market of one set needs no shares for four
 
 
 def write_weights(folder, seed=0):
@@ -68,49 +94,60 @@ def write_weights(folder, seed=0):
     return folder
 
 
+def shrink_models(patch):
+    "Tiny models in the places of the paper's"
+    for name, side in (('ViT-B-16', 16), ('ViT-B-32', 32), ('DeiT-B', 16)):
+        model = models.MODELS[name]
+        shape = ViTShape(model.shape.name, 32, side, 64, 2, 4, 64)
+        patch.setitem(models.MODELS, name, replace(model, shape=shape))
+
+
 @pytest.fixture(scope='module')
 def sets(tmp_path_factory):
     "The eight sets, all classes, three images each"
     return layouts.make_all(tmp_path_factory.mktemp('sets'), 3)
 
 
+@pytest.fixture(scope='module')
+def tiny_weights(tmp_path_factory):
+    "Checkpoints of tiny models; no test changes them"
+    with pytest.MonkeyPatch.context() as patch:
+        shrink_models(patch)
+        return write_weights(tmp_path_factory.mktemp('tiny') / 'weights')
+
+
 @pytest.fixture
-def root(sets, monkeypatch):
+def small(sets, tiny_weights, monkeypatch):
+    "Tiny sets and tiny models in their places"
     layouts.trust(sets, monkeypatch)
-    return sets
+    shrink_models(monkeypatch)
+    return Files(str(sets), str(tiny_weights))
 
 
-def made(table, settings, files, cache, methods, folder):
-    "The table from loading to page: rows, page, stages"
-    names = chosen_methods(table, methods)
-    runs = table_runs(table, settings, 0, cache, 'cpu', files)
-    rows, counts = make_table(table, runs, names, note=lambda line: None)
+def make(table, scale, place, methods, folder):
+    "The table from loading to page"
+    names = chosen_methods(table, methods, scale)
+    columns = table_columns(table, scale, place)
+    rows, counts = make_table(table, columns, names, scale)
     frame = write_rows(folder, rows)
+    questions = scale.way * scale.n_query
     right = {k: v.numpy() for k, v in counts.items()}
-    write_episodes(folder, right, settings.way * settings.n_query)
-    page = comparison(
-        frame,
-        {k: 100 * v / (settings.way * settings.n_query) for k, v in right.items()},
-        TABLES[table].gains,
-        BOUNDS,
-        TABLES[table].best,
-    )
-    return SimpleNamespace(frame=frame, page=page, runs=runs, log=list(cache.log))
+    write_episodes(folder, right, questions)
+    run = SeedRun(0, frame, {k: 100 * v / questions for k, v in right.items()}, folder)
+    page = write_page(run, judge(claims_of(table), {table: [run]}))
+    scene = Scene(table_at(table, scale), tuple(chain for chain, _ in columns), frame, scale)
+    return SimpleNamespace(frame=frame, page=page, columns=columns, scene=scene)
 
 
 def check(found, table, methods, backbones):
     "Every cell is there, in percent, for the paper's sets and backbones"
-    frame, sets = found.frame, {AT_PAPER_SCALE[target] for _, target in TABLES[table].runs}
-    assert (
-        set(frame['dataset']) == sets
-        and set(frame['backbone']) == set(backbones)
-        and set(frame['scale']) == {'paper'}
-    )
+    frame = found.frame
+    sets = {AT_PAPER_SCALE[target] for _, target in TABLES[table].columns}
+    assert set(frame['dataset']) == sets and set(frame['backbone']) == set(backbones)
+    assert set(frame['scale']) == {'paper'}
     cells = frame[frame['metric'] == 'accuracy']
-    assert (
-        len(cells) == len(sets) * len(backbones) * len(methods.split('|'))
-        and cells['value'].between(0, 100).all()
-    )
+    assert len(cells) == len(sets) * len(backbones) * len(methods.split('|'))
+    assert cells['value'].between(0, 100).all()
     for name in sets:
         assert name in found.page
 
@@ -122,122 +159,90 @@ def count(log, kind, outcome='made'):
 # ---- tiny models under the paper's names: the same path in seconds
 
 
-@pytest.fixture
-def small(root, monkeypatch, tmp_path):
-    "Tiny sets and tiny models in their places"
-    for name, patch in (('ViT-B-16', 16), ('ViT-B-32', 32), ('DeiT-B', 16)):
-        model = models.MODELS[name]
-        monkeypatch.setitem(
-            models.MODELS,
-            name,
-            replace(model, shape=ViTShape(model.shape.name, 32, patch, 64, 2, 4, 64)),
-        )
-    return Files(str(root), str(write_weights(tmp_path / 'weights')))
-
-
 def test_all_tables_on_small_models(small, tmp_path):
-    cache, few = Cache(tmp_path / 'cache'), 'NN|LoRA Recycle'
-    found = made('cross_domain', FEW, small, cache, few, tmp_path / 'a')
+    cache = Cache(tmp_path / 'cache')
+    place = Place(cache, files=small)
+    few = 'nn|recycle'
+    found = make('cross_domain', FEW, place, few, tmp_path / 'a')
     check(found, 'cross_domain', few, ['ViT-B-16'])
-    assert (count(cache.log, 'market'), count(cache.log, 'inverted'), count(cache.log, 'meta')) == (
-        4,
-        4,
-        1,
-    )
-    figures = TABLES['cross_domain'].pictures(
-        'cross_domain', [run for run, _ in found.runs], found.frame
-    )
-    assert set(figures) == {'accuracy', 'images', 'curves'}
-    assert (count(cache.log, 'market'), count(cache.log, 'inverted'), count(cache.log, 'meta')) == (
-        4,
-        4,
-        1,
-    ), 'pictures show what is there; nothing is made for them'
+    stages = lambda: [count(cache.log, kind) for kind in ('market', 'inverted', 'meta')]
+    assert stages() == [4, 4, 1]
+    figures = {}
+    for draw in found.scene.table.pictures:
+        figures |= draw(found.scene)
+    assert set(figures) == {'images', 'curves'}
+    assert stages() == [4, 4, 1], 'pictures show what is there; nothing is made for them'
     cache.log.clear()
-    made('cross_domain', FEW, small, cache, few, tmp_path / 'again')
+    make('cross_domain', FEW, place, few, tmp_path / 'again')
     assert {outcome for *_, outcome, _ in cache.log} == {'hit'}
-    check(
-        made('in_domain', ALONE, small, cache, few, tmp_path / 'b'), 'in_domain', few, ['ViT-B-16']
-    )
-    few = 'NN|LoRAHub|LoRA Recycle'
-    check(
-        made('backbones', ALONE, small, cache, few, tmp_path / 'c'),
-        'backbones',
-        few,
-        ['ViT-B-16', 'ViT-B-32', 'DeiT-B'],
-    )
+    found = make('in_domain', ALONE, place, few, tmp_path / 'b')
+    check(found, 'in_domain', few, ['ViT-B-16'])
+    few = 'nn|lorahub|recycle'
+    found = make('backbones', ALONE, place, few, tmp_path / 'c')
+    check(found, 'backbones', few, ['ViT-B-16', 'ViT-B-32', 'DeiT-B'])
     plt.close('all')
 
 
-@pytest.mark.parametrize(
-    'settings',
-    [
-        FEW,
-        replace(
-            FEW, market=replace(FEW.market, n_loras=8), invert=replace(FEW.invert, per_class=6)
-        ),
-    ],
-)
-def test_the_plan_counts_what_is_made_and_the_disk_holds_it(small, tmp_path, settings):
+MORE = alter(FEW, market=dict(n_loras=8), invert=dict(per_class=6))
+
+
+@pytest.mark.parametrize('scale', [FEW, MORE], ids=['few', 'more'])
+def test_the_plan_counts_what_is_made_and_the_disk_holds_it(small, tmp_path, scale):
     "A market and its images stay under the figure of the preflight"
-    cache, methods = (
-        Cache(tmp_path / 'cache'),
-        chosen_methods(
-            'cross_domain',
-            'NN|LoRAs Avg + NN|LoRA Recycle|LoRA Recycle, start at zero|LoRA Recycle_75',
-        ),
-    )
-    plan = plan_of('cross_domain', settings, methods).set_index('stage')
-    row = disk_row(works('cross_domain', settings, methods), cache.folder)
-    make_table(
-        'cross_domain',
-        table_runs('cross_domain', settings, 0, cache, 'cpu', small),
-        methods,
-        note=lambda line: None,
-    )
-    for kind, stage in (
-        ('market', 'tuning'),
-        ('inverted', 'inversion'),
-        ('meta', 'meta-training'),
-        ('answers', 'testing'),
-    ):
-        assert count(cache.log, kind) == plan['jobs'][stage]
+    cache = Cache(tmp_path / 'cache')
+    wanted = 'nn|average|recycle|recycle-average|recycle-mask75'
+    methods = chosen_methods('cross_domain', wanted, scale)
+    assert len(methods) == 5
+    plan = plan_of('cross_domain', scale, methods).set_index('stage')
+    found = list_work('cross_domain', scale, methods)
+    row = disk_row(found, cache.folder)
+    columns = table_columns('cross_domain', scale, Place(cache, files=small))
+    make_table('cross_domain', columns, methods, scale)
+    kinds = dict(market='tuning', inverted='inversion', meta='meta-training', answers='testing')
+    for kind, stage in kinds.items():
+        assert count(cache.log, kind) == plan['jobs'][stage], stage
     size = sum(p.stat().st_size for p in Path(cache.folder).rglob('*') if p.is_file()) / 1e9
     need = float(row['need'].split()[0])
     assert size < need < size + 0.003, 'and the figure is no idle guess'
-    assert (
-        float(disk_row(works('cross_domain', settings, methods), cache.folder)['need'].split()[2])
-        < 0.003
-    ), 'a run that goes on needs only the rest'
+    rest = float(disk_row(found, cache.folder)['need'].split()[2])
+    assert rest < 0.003, 'a run that goes on needs only the rest'
 
 
-def remedies(
-    files, tmp_path, table='in_domain', settings=ALONE, methods='NN|LoRA Recycle', exact=False
-):
+def remedies(files, tmp_path, table='in_domain', scale=ALONE, exact=False):
     "What the preflight says of a run that must not start, and that nothing was computed"
     cache = Cache(tmp_path / 'cache')
-    checks = preflight(table, settings, chosen_methods(table, methods), files, cache, exact=exact)
+    names = chosen_methods(table, 'nn|recycle', scale)
+    checks = preflight(table, scale, names, Place(cache, files=files), exact=exact)
     assert {kind for kind, *_ in cache.log} <= {'decoded'}
     with pytest.raises(ValueError) as err:
         refuse(checks)
     return str(err.value)
 
 
-def test_all_right_is_not_refused(small, tmp_path):
-    for table in ('in_domain', 'cross_domain', 'backbones'):
-        checks = preflight(
-            table,
-            FEW,
-            chosen_methods(table, 'NN|LoRA Recycle'),
-            small,
-            Cache(tmp_path / 'cache'),
-            exact=False,
-        )
-        refuse(checks)
-        assert (
-            set(checks['kind']) == {'weights', 'data', 'disk', 'memory', 'time'}
-            and checks['fits'].all()
-        )
+@pytest.mark.parametrize('table', ['cross_domain', 'backbones'])
+def test_all_right_is_not_refused(small, tmp_path, table):
+    names = chosen_methods(table, 'nn|recycle', FEW)
+    place = Place(Cache(tmp_path / 'cache'), files=small)
+    checks = preflight(table, FEW, names, place, exact=False)
+    refuse(checks)
+    assert set(checks['kind']) == {'weights', 'data', 'disk', 'memory', 'time'}
+    assert checks['fits'].all()
+
+
+def test_the_preflight_refuses_what_is_no_table_and_what_reads_no_files(tmp_path):
+    with pytest.raises(ValueError, match="table='nonsense'"):
+        plan_of('nonsense', PAPER)
+    with pytest.raises(ValueError, match="scale 'smoke' reads no files; preflight is for one on"):
+        preflight('in_domain', SCALES['smoke'], ('nn',), Place(Cache(tmp_path)))
+
+
+def test_a_full_disk_is_refused_with_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=10**9))
+    row = disk_row(list_work('in_domain', PAPER, ('recycle',)), tmp_path)
+    lacking = float(row['need'].split()[0]) - 1
+    assert not row['fits'] and row['have'] == '1.0 GB free'
+    assert f'Free {lacking:.1f} GB on the disk of {tmp_path}' in row['remedy']
+    assert 'set cache_dir to another disk' in row['remedy']
 
 
 def test_wrong_counts_are_refused_unless_allowed(small, tmp_path):
@@ -253,7 +258,7 @@ def test_wrong_counts_are_refused_unless_allowed(small, tmp_path):
 
 def test_too_few_images_for_an_episode(small, tmp_path):
     assert 'shot + n_query = 6 images a class are needed, but' in remedies(
-        small, tmp_path, settings=replace(ALONE, n_query=5)
+        small, tmp_path, scale=replace(ALONE, n_query=5)
     )
 
 
@@ -283,7 +288,8 @@ def test_damaged_image_and_unreadable_csv(small, sets, tmp_path):
 
 
 def test_weights_absent_or_not_fitting(small, tmp_path):
-    folder = Path(small.weights)
+    folder = Path(shutil.copytree(small.weights, tmp_path / 'weights'))
+    small = replace(small, weights=str(folder))
     tensors = load_file(folder / 'ViT-B-16.safetensors')
     save_file(
         {k: t for k, t in tensors.items() if k != 'visual.proj'} | dict(strange=torch.zeros(1)),
@@ -340,103 +346,78 @@ def test_memory_is_what_autograd_keeps():
     assert set(calibrate(shape, prior=False)) == {'forward', 'frozen', 'full'}
 
 
-# ---- the real models
+# ---- the real model
 
 
-@pytest.fixture(scope='module')
-def real(sets, tmp_path_factory):
-    "Tiny sets, whole models, a cache that the tables below share"
-    with pytest.MonkeyPatch.context() as patch:
-        layouts.trust(sets, patch)
-        folder = tmp_path_factory.mktemp('real')
-        yield Files(str(sets), str(write_weights(folder / 'weights'))), Cache(folder / 'cache')
+def test_a_table_at_paper_scale(sets, tmp_path, monkeypatch):
+    "The whole ViT-B/16 and ResNet-50 at 224 pixels, a table in bfloat16, from files to page"
+    layouts.trust(sets, monkeypatch)
+    files = Files(str(sets), str(write_whole(tmp_path / 'weights')))
+    scale = alter(ALONE, invert=dict(steps=1, per_class=2))
+    scale = replace(scale, machine=replace(scale.machine, precision='bfloat16'))
+    place = Place(Cache(tmp_path / 'cache'), files=files)
+    found = make('interpolation', scale, place, 'recycle', tmp_path / 'a')
+    check(found, 'interpolation', 'recycle', ['ViT-B-16'])
+    chain = found.columns[0][0]
+    backbone = chain.backbone
+    assert (backbone.width, backbone.layers, backbone.n_patches) == (768, 12, 196)
+    lora = chain.market().lora[:1]
+    assert sum(t.numel() for t in lora.tensors().values()) > 147_456
+    inverted = chain.images(Recipe())
+    assert inverted.images.shape == (2, 5, 2, 3, 224, 224)
+    assert inverted.images.dtype == torch.uint8 and len(inverted.images.unique()) > 100
+    assert inverted.loss.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    'table, settings, methods, backbones',
-    [
-        ('in_domain', ALONE, 'NN|LoRA Recycle', ['ViT-B-16']),
-        ('cross_domain', FEW, 'LoRA Recycle', ['ViT-B-16']),
-        ('backbones', ALONE, 'NN|LoRAHub|LoRA Recycle', ['ViT-B-16', 'ViT-B-32', 'DeiT-B']),
-        ('interpolation', replace(ALONE, precision='bfloat16'), 'LoRA Recycle', ['ViT-B-16']),
-    ],
-)
-def test_tables_at_paper_scale(real, tmp_path, table, settings, methods, backbones):
-    files, cache = real
-    found = made(table, settings, files, cache, methods, tmp_path)
-    check(found, table, methods, backbones)
-    run = found.runs[0][0]
-    assert (run.backbone.width, run.backbone.layers, run.backbone.n_patches) == (
-        768,
-        12,
-        196,
-    ) and sum(t.numel() for t in run.market.lora[:1].tensors().values()) > 147_456
-    n, side = settings.market.n_loras, 224
-    assert (
-        run.inverted['images'].shape == (n, 5, 2, 3, side, side)
-        and run.inverted['images'].dtype == torch.uint8
-    )
-    assert run.inverted['loss'].isfinite().all() and len(run.inverted['images'].unique()) > 100
+def write_whole(folder):
+    "ViT-B/16 and the network of R_BN at their real size"
+    folder.mkdir()
+    save_file(models.random_weights('ViT-B-16', 0), folder / 'ViT-B-16.safetensors')
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        torch.save(resnet50(weights=None).state_dict(), folder / 'resnet50.pth')
+    return folder
 
 
 # ---- the notebook
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_table(folder, env=None, **parameters):
     "papermill to its end: exit status and what is in the executed notebook and on the screen"
     values = dict(out_dir=folder / 'results', cache_dir=folder / 'cache') | parameters
-    command = [
-        sys.executable,
-        '-m',
-        'papermill',
-        'nbs/run_table.ipynb',
-        str(folder / 'out.ipynb'),
-        '--no-progress-bar',
-        *(w for k, v in values.items() for w in ('-p', k, str(v))),
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    given = [word for k, v in values.items() for word in ('-p', k, str(v))]
+    command = [sys.executable, '-m', 'papermill', '--no-progress-bar', 'nbs/run_table.ipynb']
+    command += [str(folder / 'out.ipynb'), *given]
+    how = dict(cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, **how)
     return done.returncode, done.stdout + done.stderr + (folder / 'out.ipynb').read_text()
 
 
 def test_dry_run_stops_after_the_plan(tmp_path):
     code, said = run_table(tmp_path, scale='smoke', dry_run=True)
-    assert (
-        code == 0
-        and 'meta-training' in said
-        and 'LoRA Recycle' not in said.split('A dry run stops here')[1].split('## The run')[0]
-    )
-    assert (
-        not list((tmp_path / 'cache').glob('*/*'))
-        and not (tmp_path / 'results/in_domain/rows.csv').exists()
-    )
+    between = said.split('A dry run stops here')[1].split('## The run')[0]
+    assert code == 0 and 'meta-training' in said and 'LoRA Recycle' not in between
+    assert not list((tmp_path / 'cache').glob('*/*'))
+    assert not (tmp_path / 'results/in_domain/rows.csv').exists()
 
 
-def test_dry_run_at_paper_scale(real, tmp_path):
-    "CIFAR-FS alone, twenty images a class: all is there for NN, and without the weights nothing begins"
+def test_dry_run_at_paper_scale(tmp_path):
+    """CIFAR-FS alone, twenty images a class: all is there for NN.
+
+    Without the weights nothing begins."""
     layouts.make_cifar(tmp_path / 'data', 20)
     layouts.make_flowers(tmp_path / 'data', 1)  # `trusted` reads both
+    weights = tmp_path / 'weights'
+    weights.mkdir()
+    save_file(models.random_weights('ViT-B-16', 0), weights / 'ViT-B-16.safetensors')
     path = layouts.trust_file(tmp_path / 'data', tmp_path / 'site')
-    env = {
-        **os.environ,
-        'PYTHONPATH': os.pathsep.join([str(path), os.environ.get('PYTHONPATH', '')]),
-    }
-    how = dict(
-        table='interpolation',
-        scale='paper',
-        methods='NN',
-        exact_sets=False,
-        data_dir=tmp_path / 'data',
-        env=env,
-    )
-    code, said = run_table(tmp_path, weights_dir=real[0].weights, dry_run=True, **how)
+    places = os.pathsep.join([str(path), os.environ.get('PYTHONPATH', '')])
+    how = dict(table='interpolation', scale='paper', methods='nn', exact_sets=False)
+    how |= dict(data_dir=tmp_path / 'data', env={**os.environ, 'PYTHONPATH': places})
+    code, said = run_table(tmp_path, weights_dir=weights, dry_run=True, **how)
     assert code == 0, said[-3000:]
     for words in ('100 classes, 2000 images', 'ViT-B-16.safetensors', 'GB free', 'h on cpu'):
         assert words in said
     code, said = run_table(tmp_path, weights_dir=tmp_path / 'none', **how)
-    assert (
-        code != 0
-        and 'holds no ViT-B-16.pt' in said
-        and not list((tmp_path / 'cache').glob('answers/*'))
-    )
+    assert code != 0 and 'holds no ViT-B-16.pt' in said
+    assert not list((tmp_path / 'cache').glob('answers/*'))
