@@ -6,7 +6,9 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from lora_recycle.bench.methods import METHODS, SCALES, Exam
 from lora_recycle.method.backbone import normalise
+from lora_recycle.method.chain import Chain, Meta, Tuned
 from lora_recycle.rivals.features import (
     CamlConfig,
     caml_logits,
@@ -611,3 +613,30 @@ def test_settings_are_checked():
     ):
         with pytest.raises(ValueError, match=word):
             fn()
+
+
+@pytest.mark.parametrize('method', ['recycle', 'recycle-average', 'recycle-no-mix'])
+def test_ours_answers_with_what_was_meta_trained(backbone, data, features, method, monkeypatch):
+    "A LoRA that changes features changes answers; one that is still zero leaves those of NN."
+    e = few(data, 6)
+    exam = Exam(data, e, 1, dict(way=5, n_query=15, large=10))
+    chain = Chain(backbone, Tuned(('greek',)), settings=SCALES['smoke'].chain)
+    asked = []
+
+    def answer(lora):
+        "The answers if `lora` was meta-trained."
+
+        def meta(self, recipe, shot):
+            asked.append((recipe, shot))
+            return Meta(lora, None, torch.zeros(1))
+
+        monkeypatch.setattr(Chain, 'meta', meta)
+        return METHODS[method].predict(chain, exam)
+
+    strong = random_lora(9, size=0.3)
+    plain = nearest_prototype(features, e)
+    assert torch.equal(answer(new_lora(4, 128, 4, generator(0))), plain)
+    there = answer(strong)
+    assert torch.equal(there, nearest_prototype(embed(backbone, data.images, strong), e))
+    assert not torch.equal(there, plain)
+    assert asked == [(METHODS[method].recipe, 1)] * 2

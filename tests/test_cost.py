@@ -1,4 +1,4 @@
-"Counts against a count by hand and by torch; memory of a block of known size; rows that fit the tables; and that measuring leaves no trace."
+"Counts by hand and by torch, memory of a block of known size, and rows that fit the tables."
 
 import ast
 import math
@@ -28,7 +28,8 @@ from lora_recycle.method.lora import new_lora
 from lora_recycle.bench.results import COLUMNS, paper_table
 
 TINY = ViTShape('tiny', 24, 6, 16, 3, 2, 10)
-LABELLED = '{3: 0.3, 6: 0.3, 8: 0.3, 11: 0.3}'  # the paper prints 40.00 beside it, which is the cost of {6, 8, 11: 0.3}
+# the paper prints 40.00 beside it, which is the cost of {6, 8, 11: 0.3}
+LABELLED = '{3: 0.3, 6: 0.3, 8: 0.3, 11: 0.3}'
 
 plans = st.dictionaries(
     st.integers(0, 2), st.sampled_from((0.0, 0.1, 0.3, 0.5, 0.75, 0.99)), max_size=3
@@ -225,7 +226,9 @@ def test_a_script_without_a_main_guard_can_measure(tmp_path):
     "multiprocessing would start such a script over and over"
     script = tmp_path / 'script.py'
     script.write_text(
-        f'from lora_recycle.bench.cost import *\nprint(peak_memory(FRESH, shape={astuple(TINY)!r}, batch=5, line=dict(plan={{1: .5}})) > 0)\n'
+        'from lora_recycle.bench.cost import *\n'
+        f'how = dict(shape={astuple(TINY)!r}, batch=5, line=dict(plan={{1: .5}}))\n'
+        'print(peak_memory(FRESH, **how) > 0)\n'
     )
     done = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, timeout=120

@@ -1,4 +1,4 @@
-"The plain reference computes what the fast code computes; and the benchmark runs, compares with its last rows, and refuses what it does not know."
+"The plain reference computes what the fast code computes; the benchmark runs and compares."
 
 import subprocess
 import sys

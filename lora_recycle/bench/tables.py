@@ -26,6 +26,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+# %% ../../nbs/5_bench/04_tables.ipynb #1c9018ba
 from lora_recycle.bench.cost import (
     COST_SIZES,
     PAPER_COST,
@@ -740,6 +741,8 @@ AT_PAPER_SCALE = dict(
     digits='crop_diseases',
 )
 PAPER_BACKBONES = {'miniature': 'ViT-B-16', 'miniature-12': 'ViT-B-32', 'miniature-plain': 'DeiT-B'}
+
+# %% ../../nbs/5_bench/04_tables.ipynb #1bddee4e
 AT_PHOTO_SCALE = dict(
     cyrillic='gtsrb',
     greek='caltech101',
@@ -760,7 +763,7 @@ def table_at(
     table: str,  # id
     scale: Scale,  # all sizes
 ) -> Table:
-    "The table at a scale: with the sets and backbones of its suite, the paper's with its plans."
+    "The table at a scale: with sets and backbones of its suite, the paper's with its plans."
     chosen = TABLES[check_choice('table', table, TABLES)]
     if scale.suite == 'glyphs':
         return chosen
