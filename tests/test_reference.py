@@ -163,6 +163,7 @@ def test_towers_that_are_not_clips_are_refused(backbone):
     [
         (lambda: plain_inversion_step(random_backbone(SHAPE, generator(0)), None, 0), 'batch=0'),
         (lambda: market_step(images=0), 'images=0'),
+        (lambda: market_step(loras=0), 'loras=0'),
         (lambda: plain_fresh_step((*'a',), 5), 'argument|position'),
         (lambda: solve_step(episodes=0)(), 'n_tasks=0'),
     ],
