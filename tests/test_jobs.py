@@ -1,4 +1,4 @@
-"Jobs elsewhere: in order, named when they fail, done again when their worker is killed, the same bits, and nothing left running."
+"Jobs elsewhere: in order, named when they fail, done again when killed, nothing left running."
 
 import importlib.util
 import os
@@ -22,9 +22,10 @@ import torch
 
 from lora_recycle import jobs as module
 from lora_recycle.core import generator
-from lora_recycle.jobs import Executor, JobError, run_jobs
+from lora_recycle.jobs import Executor, Job, JobError, run_graph, run_jobs
 from lora_recycle.method.lora import new_lora
 
+HERE_ALONE = Executor('here')
 TWO = Executor('processes', workers=2)
 HERE = Path(__file__).resolve().parent
 has_ray = importlib.util.find_spec('ray') is not None
@@ -74,11 +75,11 @@ def test_results_come_in_order_from_workers_that_share_the_cores(tmp_path):
 
 
 def test_no_jobs_no_workers():
-    assert on('', errands.report, []) == on('', errands.report, [], Executor()) == []
+    assert on('', errands.report, []) == on('', errands.report, [], HERE_ALONE) == []
 
 
 @pytest.mark.parametrize(
-    'executor', [Executor(), Executor('processes', workers=1)], ids=lambda e: e.kind
+    'executor', [HERE_ALONE, Executor('processes', workers=1)], ids=lambda e: e.kind
 )
 def test_a_failed_job_is_named_and_ends_the_work(tmp_path, executor):
     with pytest.raises(
@@ -114,6 +115,10 @@ def test_executors_are_checked(monkeypatch):
         Executor('rai')
     with pytest.raises(ValueError, match='retries=-1'):
         Executor('processes', retries=-1)
+    with pytest.raises(ValueError, match='workers=-1 is not legal'):
+        Executor(workers=-1)
+    with pytest.raises(ValueError, match='Set workers to at most 2'):
+        module.worker_devices('cuda', 3, cores=16, gpus=2)
     with pytest.raises(ValueError, match='cuda:1'):
         run_jobs(errands.fail_at_one, [('', 0)], TWO, device='cuda:1')
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
@@ -159,7 +164,7 @@ def test_a_killed_worker_costs_its_job_only(tmp_path):
         assert killed_half_way(tmp_path, TWO) == [0, 1, 4, 9, 16]
     assert [errands.times(tmp_path, n) for n in range(5)] == [1, 1, 2, 1, 1]
     assert len(set(errands.pids(tmp_path, 2))) == 2  # a fresh worker
-    assert on(tmp_path, errands.slow_two, executor=Executor()) == [0, 1, 4, 9, 16]  # from the cache
+    assert on(tmp_path, errands.slow_two, executor=HERE_ALONE) == [0, 1, 4, 9, 16]  # from the cache
     assert [errands.times(tmp_path, n) for n in range(5)] == [1, 1, 2, 1, 1]
     assert not list(tmp_path.glob('.seen*')) and not workers_of(os.getpid())
 
@@ -181,6 +186,68 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path, monkeypatch):
         and 'elsewhere is not the same folder' in wrong
         and 'cache_dir' in wrong
     )
+
+
+GRAPH = [
+    Job('sum', errands.sum_of, ('sum', 'left', 'right'), ('left', 'right', 'made long ago')),
+    Job('left', errands.sum_of, ('left', 'root'), ('root',)),
+    Job('right', errands.sum_of, ('right', 'root'), ('root',), title='the right one'),
+    Job('root', errands.sum_of, ('root',)),
+]
+
+
+@pytest.mark.parametrize('executor', [HERE_ALONE, TWO, Executor(workers=2)], ids=lambda e: e.kind)
+def test_a_graph_is_done_in_its_order(tmp_path, executor):
+    "Each job adds 1 to what those before it left in the folder; results are the same everywhere"
+    found = run_graph(GRAPH, str(tmp_path), executor, shared=tmp_path)
+    assert found == dict(root=1, left=2, right=2, sum=5)
+    ends = {id: (tmp_path / id).stat().st_mtime_ns for id in found}
+    assert ends['root'] < min(ends['left'], ends['right']) < ends['sum']
+
+
+@pytest.mark.parametrize('executor', [HERE_ALONE, TWO], ids=lambda e: e.kind)
+def test_a_failed_job_of_a_graph_is_called_by_its_title(tmp_path, executor):
+    "Nothing that needs it begins"
+    (tmp_path / 'right').mkdir()  # it cannot write its number
+    with pytest.raises(JobError, match='the right one failed: IsADirectoryError'):
+        run_graph(GRAPH, str(tmp_path), executor)
+    assert not (tmp_path / 'sum').exists()
+
+
+def test_a_killed_worker_of_a_graph_costs_its_job_only(tmp_path):
+    (tmp_path / 'die').write_text('left')  # the first that makes it is killed
+    with pytest.warns(UserWarning, match=r'left lost its worker \(exit status -9\)'):
+        found = run_graph(GRAPH, str(tmp_path), TWO)
+    assert found == dict(root=1, left=2, right=2, sum=5)
+    assert (tmp_path / 'begun').read_text().split().count('left') == 2
+
+
+def test_rings_and_double_ids_are_refused():
+    ring = [Job('a', print, needs=('b',)), Job('b', print, needs=('a',))]
+    with pytest.raises(ValueError, match='cycle'):
+        run_graph(ring, executor=HERE_ALONE)
+    with pytest.raises(ValueError, match='two jobs have the same id'):
+        run_graph([Job('a', print), Job('a', print)], executor=HERE_ALONE)
+
+
+def test_a_kind_is_chosen_where_none_is_named(monkeypatch):
+    choose = lambda *how: module._choose_kind(Executor(), *how)
+    monkeypatch.setattr(module, '_cores', lambda: 4)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    assert [choose(1, 'cpu'), choose(5, 'cpu'), choose(5, 'cuda')] == ['here', 'processes', 'here']
+    assert module._choose_kind(Executor(workers=1), 5, 'cpu') == 'here'
+
+
+@pytest.mark.parametrize('address', ['127.0.0.1:{}', 'ray://127.0.0.1:{}'])
+def test_a_dead_head_is_named_within_seconds(address):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))  # bound, but nobody listens
+        address = address.format(s.getsockname()[1])
+        begun = time.time()
+        with pytest.raises(ConnectionError, match=f"RAY_ADDRESS='{address}': no Ray head"):
+            module._check_head(address)
+    assert time.time() - begun < 10
+    assert all(module._check_head(name) is None for name in (None, 'auto', 'local'))
 
 
 @contextmanager
@@ -229,7 +296,7 @@ def inverted():
     )
     torch.set_num_threads(1)
     try:
-        return lora, run_jobs(partial(errands.invert_one, lora), [(0,), (1,)])
+        return lora, run_jobs(partial(errands.invert_one, lora), [(0,), (1,)], HERE_ALONE)
     finally:
         torch.set_num_threads(before)
 
