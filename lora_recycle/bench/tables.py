@@ -758,7 +758,7 @@ SUITES = dict(
     photos=AT_PHOTO_SCALE | dict.fromkeys(PAPER_BACKBONES, PHOTO),
 )  # what stands for an embedded set or backbone
 
-
+# %% ../../nbs/5_bench/04_tables.ipynb #32f1b836
 def table_at(
     table: str,  # id
     scale: Scale,  # all sizes
@@ -771,8 +771,7 @@ def table_at(
         chosen = chosen.deep or chosen
     place = SUITES[scale.suite]
     columns = tuple(
-        (tuple(place[s] for s in sources), place[target])
-        for sources, target in chosen.columns
+        (tuple(place[s] for s in sources), place[target]) for sources, target in chosen.columns
     )
     backbones = tuple(dict.fromkeys(place[b] for b in chosen.backbones))
     return replace(chosen, columns=columns, backbones=backbones)
