@@ -26,6 +26,7 @@ def embed(
 ) -> Tensor:  # float32 [n,D_out], on the CPU
     "Features of images; all patches are seen."
     parts = tqdm(images.split(batch), desc='embed', leave=False, disable=len(images) < 20 * batch)
+    lora = lora and lora.map(lambda t: t.to(backbone.device))
     found = [encode(backbone, normalise(part, backbone), lora).features.cpu() for part in parts]
     return torch.cat(found)
 
