@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..core import check_int
 from ..method.backbone import Backbone, encode, normalise
 from lora_recycle.method.inversion import (
-    Best,
+    BestImages,
     InversionProblem,
     InvertConfig,
     Inverted,
@@ -136,7 +136,7 @@ def _paint(
     problem = replace(problem, classify=classify)
     painter = _Painter(problem, config, head, gen)
     blank = torch.zeros(len(problem.labels), 3, backbone.side, backbone.side)
-    best = Best(blank.to(backbone.device), 1)
+    best = BestImages(blank.to(backbone.device), 1)
     for _ in tqdm(range(config.losses.steps), desc='paint', leave=False):
         images = painter.images()
         view = random_view(normalise(images, backbone), config.losses, gen)
