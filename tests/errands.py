@@ -70,7 +70,9 @@ def suicide(folder, n):
 
 
 def slow_two(folder, n):
-    "Job 2 never ends when it is begun the first time, and job 1 waits until job 2 is begun anew; all keep what they make in the cache of `folder`"
+    """Job 2 never ends when it is begun the first time, and job 1 waits until it is begun anew.
+
+    All keep what they make in the cache of `folder`."""
 
     def make():
         first = begun(folder, n) == 1

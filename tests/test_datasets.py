@@ -1217,7 +1217,7 @@ def test_download_unpacks_and_reads(server, tmp_path, monkeypatch, name):
         )
     place = datasets.PLACES[name]
     monkeypatch.setitem(
-        datasets.PLACES, name, datasets.Place(place.get, place.put, tuple(archives))
+        datasets.PLACES, name, datasets.Origin(place.get, place.put, tuple(archives))
     )
     data = download(name, root)
     assert len(data) == 2 * len(data.classes) and data.digest == read_set(name, source).digest
