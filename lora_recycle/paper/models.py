@@ -721,10 +721,25 @@ def find_shape(
     return _PHOTO_SHAPE if name == PHOTO else MODELS[check_choice('name', name, MODELS)].shape
 
 # %% ../../nbs/6_paper/01_models.ipynb #e72cbec2
+def _photo_stem_flops_g() -> float:
+    "`stem_flops_g` of the backbone that ships for photos, whose stem is data."
+    backbone = load_miniature(PHOTO)
+    side = backbone.stem_side
+    total = 0
+    for i, conv in enumerate(backbone.stem):
+        side = -(-side // conv.stride)
+        total += backbone.weights[f'stem.{i}.weight'].numel() * side**2
+    plain = 3 * backbone.patch**2 * backbone.width
+    total += backbone.n_patches * (backbone.weights['conv1.weight'].numel() - plain)
+    return 2 * total / 1e9
+
+
 def stem_flops_g(
-    name: str,  # of `MODELS`
+    name: str,  # of `MODELS`, or what ships for photos
 ) -> float:  # operations, 10^9, forward, one image; 0 if it has no stem
     "What the convolutions before the layers cost beyond what `cost.flops_true_g` counts."
+    if name == PHOTO:
+        return _photo_stem_flops_g()
     shape = MODELS[check_choice('name', name, MODELS)].shape
     if MODELS[name].layout != 'lvvit':
         return 0.0
