@@ -711,7 +711,6 @@ def image_side(
 
 # %% ../../nbs/6_paper/01_models.ipynb #0ade6f12
 _PHOTO_SHAPE = ViTShape(PHOTO, 64, 8, 192, 6, 3, 256)  # of the layers behind its stem
-_PHOTO_STEM_GFLOPS = 0.137  # of 14 blocks of a MobileNetV2 at 128 pixels
 
 
 def find_shape(
@@ -720,7 +719,7 @@ def find_shape(
     "The shape of a model's transformer."
     return _PHOTO_SHAPE if name == PHOTO else MODELS[check_choice('name', name, MODELS)].shape
 
-# %% ../../nbs/6_paper/01_models.ipynb #e72cbec2
+# %% ../../nbs/6_paper/01_models.ipynb #996f4442
 def _photo_stem_flops_g() -> float:
     "`stem_flops_g` of the backbone that ships for photos, whose stem is data."
     backbone = load_miniature(PHOTO)
@@ -733,7 +732,7 @@ def _photo_stem_flops_g() -> float:
     total += backbone.n_patches * (backbone.weights['conv1.weight'].numel() - plain)
     return 2 * total / 1e9
 
-
+# %% ../../nbs/6_paper/01_models.ipynb #e72cbec2
 def stem_flops_g(
     name: str,  # of `MODELS`, or what ships for photos
 ) -> float:  # operations, 10^9, forward, one image; 0 if it has no stem
