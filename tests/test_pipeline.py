@@ -98,7 +98,7 @@ def test_the_table_is_complete(finished):
     page = (finished / 'results/in_domain/table.md').read_text()
     assert '89.69' in page and '## Gains' in page  # the paper's number, and our gain
     record = json.loads((finished / 'results/in_domain/run.json').read_text())
-    assert record['command'].startswith('papermill nbs/run_table.ipynb')
+    assert 'papermill nbs/run_table.ipynb' in record['command']
     assert record['environment']['versions']['torch']
 
 
