@@ -14,7 +14,7 @@ trap 'rm -rf "$tmp"' EXIT
 "${PYTHON:-python3}" -m venv "$tmp/venv"
 "$tmp/venv/bin/pip" install -q --no-compile torch==2.13.0 numpy==2.4.6 torchvision==0.28.0
 "$tmp/venv/bin/pip" install -q --no-compile --no-deps fusion_bench==0.2.33 lightning==2.6.6 lightning-utilities==0.15.3 pytorch-lightning==2.6.6 torchmetrics==1.9.0
-"$tmp/venv/bin/pip" install -q --no-compile hydra-core==1.3.8 omegaconf==2.4.0 bidict==0.24.1 transformers==5.24.0 datasets==5.2.0 peft==0.21.2 rich==15.0.0 scipy==1.17.1 matplotlib==3.11.2 pandas==3.1.1 scikit-learn==1.9.1
+"$tmp/venv/bin/pip" install -q --no-compile hydra-core==1.3.8 omegaconf==2.3.0 bidict==0.24.1 transformers==5.24.0 datasets==5.2.0 peft==0.21.2 rich==15.0.0 scipy==1.17.1 matplotlib==3.11.2 pandas==3.1.1 scikit-learn==1.9.1
 cd "$tmp"
 "$tmp/venv/bin/python" - <<'EOF'
 import sys, torch
