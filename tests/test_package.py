@@ -245,27 +245,17 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_numbers_in_the_readme_are_those_of_the_results():
-    "Every line of README's table of results, against results/in_domain/rows.csv"
-    from lora_recycle.bench.results import read_rows, wide
+    "Every line of README's first table of results, against results/in_domain/rows.csv."
+    from lora_recycle.bench.results import pivot_rows, read_rows
 
-    value, _ = wide(read_rows(ROOT / 'results' / 'in_domain'))
-    section = (
-        (ROOT / 'README.md')
-        .read_text(encoding='utf-8')
-        .split('## What came out')[1]
-        .split('\n## ')[0]
-    )
-    lines = [
-        [cell.strip(' *') for cell in line.strip('|').split('|')]
-        for line in section.splitlines()
-        if line.startswith('| ') and '---' not in line
-    ]
-    assert len(lines) > 5
-    for method, one, five, gain in lines[1:]:
+    value, _ = pivot_rows(read_rows(ROOT / 'results' / 'in_domain'))
+    ids = ('nn', 'average-factors', 'average', 'recycle', 'recycle-average')
+    section = (ROOT / 'README.md').read_text(encoding='utf-8').split('\n## Results')[1]
+    table = section.split('| ---: | ---: | ---: |\n')[1].split('\n\n')[0]
+    lines = [[c.strip(' *') for c in x.strip('|').split('|')] for x in table.splitlines()]
+    assert len(lines) == len(ids)
+    for method, (_, one, five, gain) in zip(ids, lines):
         found = value.loc[method, [('average', '1-shot'), ('average', '5-shot')]]
         assert [one, five] == [f'{v:.2f}' for v in found]
-        assert gain == (
-            ''
-            if method == 'NN'
-            else f'{found.iloc[0] - value.loc["NN", ("average", "1-shot")]:+.2f}'
-        )
+        difference = found.iloc[0] - value.loc['nn', ('average', '1-shot')]
+        assert gain == ('' if method == 'nn' else f'{difference:+.2f}')
