@@ -1,12 +1,16 @@
 "The chain by papermill: complete, repeatable, resumed after a kill, clear about bad input."
 
+import io
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -364,3 +368,30 @@ def test_shipped_weights_and_markets_can_be_rebuilt(tmp_path):
         for file, record in manifest['files'].items():
             load_tensors(tmp_path / folder / file, record['sha256'])
     assert set(load_tensors(tmp_path / 'miniature' / 'clip.safetensors')) == set(shipped('clip'))
+
+
+def test_the_recorded_command_makes_that_folder_again_and_no_other(tmp_path):
+    "In a clean clone, as a reader would run it."
+    clone = tmp_path / 'clone'
+    subprocess.run(['git', 'clone', '-q', str(ROOT), str(clone)], check=True)
+    beside = Path(sys.executable).parent
+    env = dict(os.environ, PYTHONPATH=str(clone), PATH=f'{beside}:{os.environ["PATH"]}')
+    given = '-p table interpolation -p scale smoke -p methods nn -p seed 1 -p out_dir made'
+    first = f'mkdir -p runs && papermill nbs/run_table.ipynb runs/first.ipynb {given}'
+
+    def run(command):
+        how = dict(cwd=clone, env=env, check=True, capture_output=True, text=True)
+        return subprocess.run(['bash', '-c', command], **how).stdout
+
+    run(first)
+    folder = clone / 'made' / 'interpolation' / 'seed1'
+    rows = (folder / 'rows.csv').read_text(encoding='utf-8')
+    command = json.loads((folder / 'run.json').read_text(encoding='utf-8'))['command']
+    shutil.rmtree(clone / 'made')
+    run(command)
+    columns = ['method', 'dataset', 'shot', 'value', 'ci95']
+    before = pd.read_csv(io.StringIO(rows))[columns]
+    pd.testing.assert_frame_equal(pd.read_csv(folder / 'rows.csv')[columns], before)
+    assert run('git status --porcelain -uall').split() == [
+        word for p in sorted(folder.iterdir()) for word in ('??', str(p.relative_to(clone)))
+    ]
