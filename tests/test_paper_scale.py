@@ -203,9 +203,11 @@ def test_the_plan_counts_what_is_made_and_the_disk_holds_it(small, tmp_path, sca
         assert count(cache.log, kind) == plan['jobs'][stage], stage
     size = sum(p.stat().st_size for p in Path(cache.folder).rglob('*') if p.is_file()) / 1e9
     need = float(row['need'].split()[0])
-    assert size < need < size + 0.003, 'and the figure is no idle guess'
+    # the plan is of ViT-B/16, the stand-in is smaller: what it keeps must fit with room
+    assert size < need
+    assert abs(need - plan['gb'].sum()) < 0.01, 'and the figure is no idle guess'
     rest = float(disk_row(found, cache.folder)['need'].split()[2])
-    assert rest < 0.003, 'a run that goes on needs only the rest'
+    assert abs(rest - (need - size)) < 0.002, 'a run that goes on needs only the rest'
 
 
 def remedies(files, tmp_path, table='in_domain', scale=ALONE, exact=False):
