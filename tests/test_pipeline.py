@@ -50,7 +50,8 @@ DOMAIN_TABLES = ('in_domain', 'cross_domain', 'in_domain_b32')
 
 def command(folder, **parameters):
     "The papermill command for a smoke run that writes below `folder`"
-    values = dict(scale='smoke', out_dir=folder / 'results', cache_dir=folder / 'cache')
+    values = dict(scale='smoke', executor='here')
+    values |= dict(out_dir=folder / 'results', cache_dir=folder / 'cache')
     given = [w for k, v in (values | parameters).items() for w in ('-p', k, str(v))]
     files = ('nbs/run_table.ipynb', str(folder / 'out.ipynb'))
     return [*PAPERMILL, *files, '--no-progress-bar', *given]
@@ -376,14 +377,14 @@ def test_the_recorded_command_makes_that_folder_again_and_no_other(tmp_path):
     subprocess.run(['git', 'clone', '-q', str(ROOT), str(clone)], check=True)
     beside = Path(sys.executable).parent
     env = dict(os.environ, PYTHONPATH=str(clone), PATH=f'{beside}:{os.environ["PATH"]}')
-    given = '-p table interpolation -p scale smoke -p methods nn -p seed 1 -p out_dir made'
-    first = f'mkdir -p runs && papermill nbs/run_table.ipynb runs/first.ipynb {given}'
+    given = '-p table interpolation -p scale smoke -p methods nn -p seed 1 -p executor here'
+    first = 'mkdir -p runs && papermill nbs/run_table.ipynb runs/first.ipynb'
 
     def run(command):
         how = dict(cwd=clone, env=env, check=True, capture_output=True, text=True)
         return subprocess.run(['bash', '-c', command], **how).stdout
 
-    run(first)
+    run(f'{first} {given} -p out_dir made')
     folder = clone / 'made' / 'interpolation' / 'seed1'
     rows = (folder / 'rows.csv').read_text(encoding='utf-8')
     command = json.loads((folder / 'run.json').read_text(encoding='utf-8'))['command']
