@@ -264,8 +264,9 @@ def pair_images(
 
 # %% ../../nbs/5_bench/04_tables.ipynb #a8b74826
 def _list_recipes(scene: Scene) -> list[Recipe]:
-    "The recipes of the rows, one each."
-    there = scene.rows['method'].unique()
+    "The recipes of the rows that have an accuracy, one each; prices are of other plans."
+    rows = scene.rows
+    there = rows.loc[rows['metric'] == 'accuracy', 'method'].unique()
     return list(dict.fromkeys(METHODS[m].recipe for m in there if m in METHODS))
 
 
