@@ -288,10 +288,10 @@ def test_a_dropped_token_gets_no_gradient_after_its_layer(layer, monkeypatch):
     Their pixels still have one, for other tokens have attended to them up to and including this layer."""
     seen = []
 
-    def spy(x, keep):
+    def spy(x, keep, lead):
         x.retain_grad()
         seen.append((x, keep))
-        return gather_tokens(x, keep)
+        return gather_tokens(x, keep, lead)
 
     monkeypatch.setattr(library, 'gather_tokens', spy)
     x = pictures(3, 4, 6).requires_grad_()

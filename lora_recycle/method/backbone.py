@@ -57,7 +57,7 @@ class _Sizes:
     @property
     def width(self) -> int:
         "Width D of a token."
-        return self.weights['class_embedding'].shape[-1]
+        return len(self.weights['proj'])
 
     @property
     def layers(self) -> int:
@@ -66,8 +66,15 @@ class _Sizes:
         return 1 + max(int(k.split('.')[2]) for k in blocks)
 
     @property
+    def lead(self) -> int:
+        "Tokens before the patches: [CLS] and registers."
+        return 1 + len(self.weights.get('registers', ()))
+
+    @property
     def n_patches(self) -> int:
-        "Patches of an image, [CLS] not counted."
+        "Patches of an image; [CLS] and registers are not counted."
+        if 'rotary' in self.weights:
+            return self.weights['rotary'].shape[1]
         return len(self.weights['positional_embedding']) - 1
 
     @property
@@ -191,14 +198,19 @@ def _check_sides(backbone: Backbone, images: Tensor):
 def embed_patches(
     backbone: Backbone,  # for images of `side` pixels
     images: Tensor,  # normalised [B,3,H,W]
-) -> Tensor:  # [B,1+n_patches,D], [CLS] first
-    "Patches of images as tokens, with positions."
+) -> Tensor:  # [B,lead+n_patches,D], [CLS] first
+    "Patches of images as tokens, with positions if these are added."
     _check_sides(backbone, images)
     w = backbone.weights
     kernel = w['conv1.weight']
     x = F.conv2d(_pass_stem(backbone, images), kernel, w.get('conv1.bias'), kernel.shape[-1])
     x = x.flatten(2).transpose(1, 2)
-    return torch.cat([w['class_embedding'].expand(len(x), 1, -1), x], 1) + w['positional_embedding']
+    x = torch.cat([w['class_embedding'].expand(len(x), 1, -1), x], 1)
+    if 'positional_embedding' in w:
+        x = x + w['positional_embedding']
+    if 'registers' in w:
+        x = torch.cat([x[:, :1], w['registers'].expand(len(x), -1, -1), x[:, 1:]], 1)
+    return x
 
 # %% ../../nbs/1_method/01_backbone.ipynb #83dc7c23
 def lora_delta(
@@ -225,10 +237,29 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def cls_scores(
     q: Tensor,  # queries [B,H,N,d], [CLS] first
     k: Tensor,  # keys [B,H,N,d]
-) -> Tensor:  # [B,N-1]
+    lead: int = 1,  # tokens before the patches
+) -> Tensor:  # [B,N-lead]
     "Attention of [CLS] to every patch, mean over heads."
     row = (q[:, :, :1] * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return row.softmax(-1)[:, :, 0, 1:].mean(1)
+    return row.softmax(-1)[:, :, 0, lead:].mean(1)
+
+# %% ../../nbs/1_method/01_backbone.ipynb #cd6a632a
+def _turn(x: Tensor, angles: Tensor | None, lead: int) -> Tensor:
+    "Heads x [B,H,N,d] whose patches are turned by `angles` [2,B or 1,1,n,d]; None: they are not."
+    if angles is None or x.shape[2] <= lead:
+        return x
+    patches = x[:, :, lead:]
+    turned = patches * angles[0] + patches.roll(x.shape[-1] // 2, -1) * angles[1]
+    return torch.cat([x[:, :, :lead], turned], 2)
+
+
+def _angles_of(backbone: Backbone, kept: Tensor) -> Tensor | None:
+    "Cosines and sines [2,B,1,K,d] of the patches `kept` [B,K]; None without rotary positions."
+    table = backbone.weights.get('rotary')
+    if table is None:
+        return None
+    rows = kept[:1] if kept.shape[1] == table.shape[1] else kept  # all patches: the same rows
+    return table[:, rows].unsqueeze(2)
 
 # %% ../../nbs/1_method/01_backbone.ipynb #dcfcbae0
 def check_plan(
@@ -270,9 +301,11 @@ def check_kept(
 def gather_tokens(
     x: Tensor,  # tokens [B,N,D], [CLS] first
     keep: Tensor,  # patch numbers [B,K], 0 = the first patch
-) -> Tensor:  # [B,K+1,D]
-    "[CLS] and the patches `keep` of tokens."
-    index = torch.cat([keep.new_zeros(len(keep), 1), keep + 1], 1)
+    lead: int = 1,  # tokens before the patches
+) -> Tensor:  # [B,lead+K,D]
+    "[CLS], registers, and the patches `keep` of tokens."
+    front = torch.arange(lead, device=keep.device).expand(len(keep), -1)
+    index = torch.cat([front, keep + lead], 1)
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 # %% ../../nbs/1_method/01_backbone.ipynb #20b00017
@@ -324,6 +357,12 @@ def _norm(backbone: Backbone, x: Tensor, name: str) -> Tensor:
     if f'{name}.weight' not in w:
         return x
     return F.layer_norm(x, x.shape[-1:], w[f'{name}.weight'], w[f'{name}.bias'], backbone.eps)
+
+
+def _scale(backbone: Backbone, x: Tensor, name: str) -> Tensor:
+    "Tokens [...,D] times the LayerScale `name`, if the backbone has it."
+    gamma = backbone.weights.get(f'{name}.gamma')
+    return x if gamma is None else x * gamma
 
 
 def _add_lora(x: Tensor, tokens: Tensor, lora: LoRA | None, layer: int, target: str) -> Tensor:
@@ -378,7 +417,7 @@ class Encoded:
 
     features: Tensor  # [B,D_out], projected, not normalised
     kept: Tensor  # numbers of the patches that survived [B,K], ascending
-    tokens: list[Tensor]  # residual stream [B,n+1,D] after each layer, if asked for
+    tokens: list[Tensor]  # residual stream [B,lead+n,D] after each layer, if asked for
 
 # %% ../../nbs/1_method/01_backbone.ipynb #20b0001e
 def _enter(backbone: Backbone, images: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -388,7 +427,13 @@ def _enter(backbone: Backbone, images: Tensor, keep: Tensor | None) -> tuple[Ten
     if keep is None:
         return x, torch.arange(n, device=x.device).expand(len(x), -1)
     keep = check_kept('keep', keep.to(x.device), len(x), n)
-    return gather_tokens(x, keep), keep
+    return gather_tokens(x, keep, backbone.lead), keep
+
+
+def _read_out(backbone: Backbone, x: Tensor) -> Tensor:
+    "Features [B,D_out] of the tokens x [B,N,D] behind the last layer."
+    features = _norm(backbone, x[:, 0], 'ln_post') @ backbone.weights['proj']
+    return backbone.unit * F.normalize(features, dim=-1) if backbone.unit else features
 
 
 def _check_groups(images: Tensor, lora: LoRA | None):
@@ -405,26 +450,29 @@ def _forward(backbone, images, lora, plan, keep, select, with_tokens) -> Encoded
     plan = check_plan(plan, backbone.layers)
     x, kept = _enter(backbone, images, keep)
     x = _norm(backbone, x, 'ln_pre')
+    lead = backbone.lead
+    angles = _angles_of(backbone, kept)
     tokens = []
     for layer in range(backbone.layers):
         at = f'transformer.resblocks.{layer}.'
         last = layer == backbone.layers - 1
         ahead = 1 if last and not with_tokens else x.shape[1]
         q, k, v = _heads_of(backbone, _norm(backbone, x, at + 'ln_1'), layer, lora, ahead)
+        q, k = (_turn(t, angles, lead) for t in (q, k))
         mixed = _attend(q, k, v).transpose(1, 2).flatten(2)
-        x = x[:, :ahead] + _project_out(backbone, mixed, layer, lora)
+        added = _project_out(backbone, mixed, layer, lora)
+        x = x[:, :ahead] + _scale(backbone, added, at + 'ls_1')
         if layer in plan:
-            stay = select(cls_scores(q.detach(), k.detach()), plan[layer])
+            stay = select(cls_scores(q.detach(), k.detach(), lead), plan[layer])
             stay = check_kept('select', stay, len(x), kept.shape[1])
-            x = x if ahead == 1 else gather_tokens(x, stay)
+            x = x if ahead == 1 else gather_tokens(x, stay, lead)
             kept = kept.gather(1, stay)
-        x = x + _mlp(backbone, _norm(backbone, x, at + 'ln_2'), layer)
+            angles = _angles_of(backbone, kept)
+        added = _mlp(backbone, _norm(backbone, x, at + 'ln_2'), layer)
+        x = x + _scale(backbone, added, at + 'ls_2')
         if with_tokens:
             tokens.append(x)
-    features = _norm(backbone, x[:, 0], 'ln_post') @ backbone.weights['proj']
-    if backbone.unit:
-        features = backbone.unit * F.normalize(features, dim=-1)
-    return Encoded(features, kept, tokens)
+    return Encoded(_read_out(backbone, x), kept, tokens)
 
 # %% ../../nbs/1_method/01_backbone.ipynb #b478e8d2
 def encode(
