@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_int', 'check_choice', 'check_folder', 'digest', 'generator', 'plain', 'write_bytes', 'write_text', 'write_json',
-           'save_tensors', 'load_tensors', 'load_metadata', 'Cache', 'environment', 'check_parameters',
+           'save_tensors', 'load_tensors', 'load_metadata', 'Cache', 'environment', 'check_parameters', 'send',
            'project_folder']
 
 # %% ../nbs/00_core.ipynb #cf37fa3a
@@ -551,6 +551,17 @@ def check_parameters(
                 f'{name}={value!r} is a {type(value).__name__}; it must be a {kind.__name__}. '
                 f'Change it: -p {name} VALUE'
             )
+
+# %% ../nbs/00_core.ipynb #1deab929
+def send(
+    t: Tensor,  # on any device
+    device,  # torch device where it is needed
+) -> Tensor:
+    "`t` on `device`; on its way from the host to a GPU nobody waits."
+    leaves = t.device.type == 'cpu' and torch.device(device).type != 'cpu'
+    if leaves and torch.device(device).type == 'cuda':
+        t = t.pin_memory()
+    return t.to(device, non_blocking=leaves)
 
 # %% ../nbs/00_core.ipynb #cc7c05b4
 def project_folder(

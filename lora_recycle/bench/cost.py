@@ -260,6 +260,7 @@ def meta_step(
     per = batch // way
     config = DistillConfig(way=way, shot=shot, n_query=per - shot)
     images, kept = _draw_noise(shape_of(backbone), batch, sparsity, gen)
+    images = images.to(backbone.device)
     if kept is not None:
         kept = kept.to(backbone.device).view(1, way, per, -1)
     lora = new_lora(backbone.layers, backbone.width, 4, gen)

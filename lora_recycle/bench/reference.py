@@ -283,7 +283,7 @@ def _draw_task(backbone: Backbone, batch: int, sparsity: float, gen) -> tuple[Te
     images = torch.randint(256, size, dtype=torch.uint8, generator=gen)
     order = torch.rand(batch, backbone.n_patches, generator=gen).argsort(1)
     keep = order[:, : n_kept_patches(backbone.n_patches, sparsity)].sort(1).values
-    return images, keep.to(backbone.device)
+    return images.to(backbone.device), keep.to(backbone.device)
 
 # %% ../../nbs/5_bench/06_reference.ipynb #a9c04969
 def plain_meta_step(

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import check_choice, check_int, digest
+from ..core import check_choice, check_int, digest, send
 from .lora import LoRA
 
 # %% ../../nbs/1_method/01_backbone.ipynb #20b00001
@@ -130,7 +130,7 @@ class Backbone(_Sizes):
 # %% ../../nbs/1_method/01_backbone.ipynb #bb792cef
 def _channels(values: tuple, like: Tensor) -> Tensor:
     "`values` (r, g, b) in the shape and on the device of images `like`."
-    return torch.tensor(values, dtype=like.dtype, device=like.device).view(3, 1, 1)
+    return send(torch.tensor(values, dtype=like.dtype), like.device).view(3, 1, 1)
 
 
 def normalise(
@@ -138,7 +138,7 @@ def normalise(
     backbone: Backbone,  # whose mean and sd, and device
 ) -> Tensor:  # float, on the backbone's device
     "Images normalised with the backbone's mean and standard deviation."
-    x = images.to(backbone.device)
+    x = send(images, backbone.device)
     x = x.float() / 255 if x.dtype == torch.uint8 else x
     return (x - _channels(backbone.mean, x)) / _channels(backbone.std, x)
 
@@ -284,12 +284,14 @@ def check_kept(
     n_images: int,  # rows wanted
     n_patches: int,  # of an image
 ) -> Tensor:  # `kept`
-    "`kept` if it is int64, K >= 1, and every row holds ascending patch numbers."
+    "`kept` if it is int64, K >= 1, and rows ascend; on a GPU the numbers are not read."
     if kept.dtype != torch.int64 or kept.ndim != 2 or len(kept) != n_images or not kept.shape[1]:
         raise ValueError(
             f'{name} gave {kept.dtype} {list(kept.shape)}; it must be int64 [{n_images},K] '
             'with K patches, 1 or more, for each image'
         )
+    if kept.device.type != 'cpu':
+        return kept  # to look at them would make the host wait for the device
     if kept.min() < 0 or kept.max() >= n_patches or (kept.diff(dim=1) <= 0).any():
         raise ValueError(
             f'{name} must hold patch numbers 0 to {n_patches - 1} in every row, '
@@ -336,7 +338,7 @@ def random_patches(
 
     def draw(scores, ratio):
         "Places that stay."
-        chance = torch.rand(scores.shape, generator=gen).to(scores.device)
+        chance = send(torch.rand(scores.shape, generator=gen), scores.device)
         return most_attended(chance, ratio)
 
     return draw
@@ -426,7 +428,7 @@ def _enter(backbone: Backbone, images: Tensor, keep: Tensor | None) -> tuple[Ten
     n = backbone.n_patches
     if keep is None:
         return x, torch.arange(n, device=x.device).expand(len(x), -1)
-    keep = check_kept('keep', keep.to(x.device), len(x), n)
+    keep = send(check_kept('keep', keep, len(x), n), x.device)
     return gather_tokens(x, keep, backbone.lead), keep
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core import check_choice, check_int
+from ..core import check_choice, check_int, send
 from .backbone import Backbone, encode, normalise
 from .inversion import affine_view
 from .lora import LoRA, average_products, new_lora, only_layers, truncate_rank
@@ -98,7 +98,7 @@ def mirror(
     "Images, some of them mirrored by chance."
     if not share:
         return images, torch.zeros(len(images), dtype=torch.bool, device=images.device)
-    mirrored = (torch.rand(len(images), generator=gen) < share).to(images.device)
+    mirrored = send(torch.rand(len(images), generator=gen) < share, images.device)
     return torch.where(mirrored[:, None, None, None], images.flip(3), images), mirrored
 
 # %% ../../nbs/1_method/04_distill.ipynb #40d00005
@@ -122,9 +122,10 @@ def recolour(
     mix = torch.eye(3) + torch.randn(B, 3, 3, generator=gen) * 0.3 * strength
     mix = mix * (1 + (torch.rand(B, 1, 1, generator=gen) * 2 - 1) * 0.3 * strength)
     shift = torch.randn(B, 3, 1, generator=gen) * 0.15 * strength
-    negative = (torch.rand(B, 1, 1, generator=gen) < 0.5 * strength).to(images.device)
+    negative = torch.rand(B, 1, 1, generator=gen) < 0.5 * strength
+    mix, shift, negative = (send(t, images.device) for t in (mix, shift, negative))
     centre = flat.mean(2, keepdim=True)
-    flat = mix.to(images.device) @ (flat - centre) + centre + shift.to(images.device)
+    flat = mix @ (flat - centre) + centre + shift
     return torch.where(negative, 1 - flat, flat).view_as(images).clamp(0, 1)
 
 
@@ -227,7 +228,7 @@ def reorder_classes(
     c: Tensor,  # classes of the task, in its order [T,way]
 ) -> Tensor:  # [T,way,Q,way]
     "Log-probabilities of a task's classes, in the order of the task."
-    index = c.to(logits.device)[:, None, None].expand(-1, *logits.shape[1:3], -1)
+    index = send(c, logits.device)[:, None, None].expand(-1, *logits.shape[1:3], -1)
     return logits.gather(-1, index).log_softmax(-1)
 
 
@@ -237,7 +238,7 @@ def head_log_probs(
     task: Task,  # each of its tasks of one LoRA
 ) -> Tensor:  # [T,way,Q,way]
     "Log-probabilities of features under the head of the task's LoRA."
-    heads = teachers[task.m[:, 0].to(teachers.A.device)]
+    heads = teachers[send(task.m[:, 0], teachers.A.device)]
     logits = head_logits(features.flatten(0, 2), heads)
     return reorder_classes(logits.view(*features.shape[:3], -1), task.c)
 
@@ -249,7 +250,7 @@ def teacher_log_probs(
     shot: int,  # its first images, which are not asked about
 ) -> Tensor:  # [T,way,Q,way]
     "What the LoRA of each task says of the queries."
-    lora = teachers.lora[task.m[:, 0].to(teachers.lora.A.device)]
+    lora = teachers.lora[send(task.m[:, 0], teachers.lora.A.device)]
     kept = None if task.kept is None else task.kept[:, :, shot:]
     features = Embedder(teachers.backbone, lora).features(task.images[:, :, shot:], kept)
     return head_log_probs(features, teachers.lora, task)
@@ -344,10 +345,9 @@ class _Source:
 
 def _lay_flat(pool: Pool, teachers: Embedder, config: DistillConfig, loss_of) -> _Source:
     "The pool as tasks are drawn from it, the teachers asked once if that pays."
-    images = pool.images.flatten(0, 2)
-    kept = pool.kept
-    if kept is not None:
-        kept = kept.flatten(0, 2).to(teachers.backbone.device)
+    device = teachers.backbone.device
+    images = pool.images.flatten(0, 2).to(device)
+    kept = None if pool.kept is None else pool.kept.flatten(0, 2).to(device)
     pays = loss_of is task_loss and worth_caching_teachers(len(images), config)
     known = pool_logits(teachers, pool) if pays else None
     return _Source(pool.images.shape[:3], images, kept, known)
@@ -359,6 +359,7 @@ def _draw_task(
     "The tasks of one step."
     mixed = bool(torch.rand((), generator=gen) < config.mix)
     m, c, rows = draw_tasks(source.size, config, mixed, gen)
+    rows = send(rows, backbone.device)
     x, mirrored = mirror(source.images[rows.flatten()].float() / 255, config.flip, gen)
     x = normalise(augment(x, replace(config, flip=0.0), gen), backbone)
     mirrored = mirrored.view(rows.shape)
@@ -366,7 +367,7 @@ def _draw_task(
     if source.kept is not None:
         kept = source.kept[rows]
         other = mirror_patches(kept, backbone.n_patches)
-        kept = torch.where(mirrored[..., None].to(kept.device), other, kept)
+        kept = torch.where(mirrored[..., None], other, kept)
     if source.known is not None and not mixed:
         queries = source.known[mirrored.int(), rows][:, :, config.shot :]
         target = reorder_classes(queries, c)
@@ -386,7 +387,8 @@ def meta_train(
     teachers = Embedder(backbone, teachers.lora.map(lambda t: t.to(backbone.device)))
     source = _lay_flat(pool, teachers, config, loss_of)
     opt = torch.optim.Adam(learner.parameters, lr=config.lr)
-    curve = []
+    mixed = []
+    found = torch.zeros(config.steps, 2, device=backbone.device)  # read when all steps are done
     for step in tqdm(range(config.steps), desc='meta-train', leave=False):
         task = _draw_task(source, backbone, config, gen)
         loss, accuracy = loss_of(learner.embedder(), teachers, task, config)
@@ -395,8 +397,9 @@ def meta_train(
         opt.zero_grad()
         loss.backward()
         opt.step()
-        curve.append((step, float(task.mixed), loss.item(), accuracy.item()))
-    return torch.tensor(curve)
+        mixed.append((step, float(task.mixed)))
+        found[step] = torch.stack([loss.detach(), accuracy])
+    return torch.cat([torch.tensor(mixed), found.cpu()], 1)
 
 # %% ../../nbs/1_method/04_distill.ipynb #3e43a0cb
 def distill(

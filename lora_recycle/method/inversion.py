@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core import check_choice, check_int
+from ..core import check_choice, check_int, send
 from lora_recycle.method.backbone import (
     RULES,
     Backbone,
@@ -202,7 +202,7 @@ def affine_view(
     gen: torch.Generator,  # drawn from once for each image
 ) -> Tensor:  # [B,3,H,W], edges repeated
     "Images turned by up to 30 degrees, scaled by up to 20 %, shifted by up to 7 %."
-    u = torch.rand(4, len(images), generator=gen).to(images.device) * 2 - 1
+    u = send(torch.rand(4, len(images), generator=gen), images.device) * 2 - 1
     angle = u[0] * math.pi / 6 * strength
     size = 1 + 0.2 * u[1] * strength
     dx = 0.15 * u[2] * strength

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..core import check_int
+from ..core import check_int, send
 
 # %% ../../nbs/1_method/00_lora.ipynb #10a00002
 TARGETS = ('q', 'k', 'v', 'out')  # projections that a LoRA may change, in the order of P
@@ -196,7 +196,7 @@ def only_layers(
     total = lora.A.shape[-4]
     for layer in layers:
         check_int('layers', layer, 0, total - 1)
-    stay = torch.zeros(total, dtype=lora.A.dtype, device=lora.A.device)
+    stay = torch.zeros(total, dtype=lora.A.dtype)
     stay[list(layers)] = 1
-    stay = stay.view(-1, 1, 1, 1)
+    stay = send(stay, lora.A.device).view(-1, 1, 1, 1)
     return replace(lora, A=lora.A * stay, B=lora.B * stay)

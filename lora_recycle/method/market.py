@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core import check_int, generator
+from ..core import check_int, generator, send
 from .backbone import Backbone, encode, normalise
 from .lora import QV, LoRA, new_lora
 from ..suite.images import ImageSet
@@ -144,7 +144,7 @@ def tune_market(
     for _ in bar:
         drawn = torch.randint(train[0].numel(), size, generator=gen)[part]
         rows = train.flatten(1).gather(1, drawn).flatten()
-        labels = (drawn // train.shape[2]).flatten().to(backbone.device)
+        labels = send((drawn // train.shape[2]).flatten(), backbone.device)
         features = encode(backbone, normalise(data.images[rows], backbone), lora).features
         loss = F.cross_entropy(head_logits(features, lora), labels) * lora.size
         opt.zero_grad()

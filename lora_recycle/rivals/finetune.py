@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core import check_choice, check_int
+from ..core import check_choice, check_int, send
 from ..method.backbone import Backbone, encode, normalise
 from ..method.distill import DistillConfig, augment, draw_tasks, prototype_logits
 from ..method.lora import LoRA
@@ -135,7 +135,7 @@ def head_loss(
     shot: int,  # supports of a class
 ) -> Tensor:  # [T]
     "Cross-entropy of the heads."
-    truth = (places // shot).to(features.device)
+    truth = send(places // shot, features.device)
     logits = head_logits_of(features, tensors)
     return F.cross_entropy(logits.mT, truth, reduction='none').mean(1)
 
@@ -206,7 +206,8 @@ class Adapted:
 def _tune_group(backbone, images, episodes, adapted, config, places) -> TunedEpisodes:
     "`tune_episodes` of some episodes, whose batches are `places` [t,steps,k]."
     t, way, shot = episodes.support.shape
-    group = torch.arange(t)[:, None]
+    places = places.to(backbone.device)
+    group = torch.arange(t, device=backbone.device)[:, None]
     support = normalise(images[episodes.support.flatten(1)], backbone)
 
     def losses(tensors, step):
@@ -573,9 +574,9 @@ def meta_train_pmf(
     tensors = _start_pmf(backbone, start)
     flat = pool.flatten(0, 2)
     truth = torch.arange(config.way, device=backbone.device).view(1, -1, 1)
-    curve = []
+    curve = torch.zeros(config.steps, device=backbone.device)  # read when all steps are done
     opt = torch.optim.Adam(tensors.values(), lr=config.lr)
-    for _ in tqdm(range(config.steps), desc='meta-train', leave=False):
+    for step in tqdm(range(config.steps), desc='meta-train', leave=False):
         rows = draw_tasks(pool.shape[:3], config, mixed=True, gen=gen)[2]
         views = normalise(augment(flat[rows.flatten()].float() / 255, config, gen), backbone)
         f = pmf_features(backbone, tensors, views).view(*rows.shape, -1)
@@ -584,8 +585,8 @@ def meta_train_pmf(
         opt.zero_grad()
         episode_loss(logits).mean().backward()
         opt.step()
-        curve.append((logits.argmax(-1) == truth).float().mean().item())
-    return {k: t.detach() for k, t in tensors.items()}, torch.tensor(curve)
+        curve[step] = (logits.argmax(-1) == truth).float().mean()
+    return {k: t.detach() for k, t in tensors.items()}, curve.cpu()
 
 # %% ../../nbs/4_rivals/01_finetune.ipynb #8528a191
 def shift_and_colour(
@@ -595,7 +596,7 @@ def shift_and_colour(
 ) -> Tensor:  # [B,3,H,W] in [0,1]
     "P>M>F's views of supports: recoloured and moved (here: a small affine map too)."
     views = augment(images, DistillConfig(flip=0.0, affine=0.5, colour=0.5), gen)
-    chosen = (torch.rand(len(images), generator=gen) < probability).to(images.device)
+    chosen = send(torch.rand(len(images), generator=gen) < probability, images.device)
     return torch.where(chosen.view(-1, 1, 1, 1), views, images)
 
 

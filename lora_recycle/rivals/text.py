@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import generator
+from ..core import generator, send
 from ..method.backbone import Backbone, encode, normalise
 from ..method.chain import Chain, weights_file
 from lora_recycle.method.distill import (
@@ -129,7 +129,7 @@ def tune_named(
         student = replace(lora, **learnt)
         logits = text_logits(encode(backbone, images, student).features, student)
         logits = logits.view(len(classes), config.batch, -1)
-        labels = (drawn[step] // train.shape[2]).to(logits.device)
+        labels = send(drawn[step] // train.shape[2], logits.device)
         return F.cross_entropy(logits.mT, labels, reduction='none').mean(1)
 
     tuning = TuneConfig('adam', config.steps, config.lr)
@@ -140,7 +140,8 @@ def tune_named(
 # %% ../../nbs/4_rivals/02_text.ipynb #f7fbdb11
 def _name_logits(embedder: Embedder, task: Task, market: LoRA) -> Tensor:
     "Logits [T,way*n,way] of all images of T tasks for the names of their classes."
-    heads = market.W[task.m, :, task.c].mT
+    m, c = (send(t, market.W.device) for t in (task.m, task.c))
+    heads = market.W[m, :, c].mT
     features = embedder.features(task.images, task.kept).flatten(1, 2)
     return F.normalize(features, dim=-1) @ heads
 
@@ -161,7 +162,7 @@ def text_loss(
     if task.mixed:
         return F.cross_entropy(logits.mT, truth), accuracy
     with torch.no_grad():
-        lora = market[task.m[:, 0].to(market.A.device)]
+        lora = market[send(task.m[:, 0], market.A.device)]
         target = _name_logits(Embedder(teachers.backbone, lora), task, market).log_softmax(-1)
     found = logits.log_softmax(-1).flatten(0, 1)
     loss = F.kl_div(found, target.flatten(0, 1), log_target=True, reduction='batchmean')
