@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['STARTS', 'PRINTED', 'OUR_FINDING', 'NEAR', 'TUNED', 'FREE', 'DOMAIN_CLAIMS', 'LATE', 'EARLY', 'PRUNING_CLAIMS',
-           'APPENDIX_CLAIMS', 'REAL_SIZE', 'COST_CLAIMS', 'OWN_CLAIMS', 'MARKET_SIZES', 'CLAIMS', 'JUDGED', 'Claim',
-           'find_start', 'list_starts', 'pair_above', 'pair_within', 'pair_printed', 'claims_of', 'find_paper_figure',
-           'Verdict', 'judge_interval', 'join_verdicts', 'Drawing', 'judge_claim', 'judge', 'judge_folder']
+           'APPENDIX_CLAIMS', 'REAL_SIZE', 'COST_CLAIMS', 'OWN_CLAIMS', 'MARKET_SIZES', 'MERGE_CLAIMS', 'CLAIMS',
+           'JUDGED', 'Claim', 'find_start', 'list_starts', 'pair_above', 'pair_within', 'pair_printed', 'claims_of',
+           'find_paper_figure', 'Verdict', 'judge_interval', 'join_verdicts', 'Drawing', 'judge_claim', 'judge',
+           'judge_folder']
 
 # %% ../../nbs/5_bench/08_claims.ipynb #587a733f
 from dataclasses import dataclass, replace
@@ -467,8 +468,46 @@ OWN_CLAIMS += (
     ),
 )
 
+# %% ../../nbs/5_bench/08_claims.ipynb #4141809e
+_RULES = ('ties', 'dare-ties', 'knots-ties', 'core-ties', 'iso-c', 'tsv-m', 'lego')
+_MERGED = tuple(f'merge-{how}' for how in _RULES)
+_merging = lambda text, pairs, **more: Claim(text, OUR_FINDING, 'merging', pairs, **more)
+
+MERGE_CLAIMS = (
+    _merging('The exact average of the LoRAs beats NN', pair_above('average', 'nn')),
+    *(
+        _merging(f'{METHODS[m].title} is no better than the exact average', pairs)
+        for m in _MERGED
+        for pairs in [pair_above('average', m, -NEAR)]
+    ),
+    _merging(
+        'A scale chosen on validation classes adds less than half a point to the average',
+        pair_above('average', 'merge-average', -NEAR),
+    ),
+    _merging(
+        'Cut to the rank of the meta-LoRA, the average loses less than a point',
+        pair_above('average-cut', 'average', -1.0),
+    ),
+    _merging(
+        'Cut to that rank, no merge is better than the average that is cut',
+        pair_above('average-cut', [f'{m}-cut' for m in _MERGED if m != 'merge-lego'], -NEAR),
+    ),
+)
+
+# %% ../../nbs/5_bench/08_claims.ipynb #9396d394
+MERGE_CLAIMS += (
+    _merging(
+        'Recycling is no better than the exact average on eight sets',
+        pair_above('average', 'recycle', -NEAR),
+    ),
+    _merging(
+        'Even real images bring less than a point over the average',
+        pair_above('average', 'recycle-real', -1.0),
+    ),
+)
+
 # %% ../../nbs/5_bench/08_claims.ipynb #fb8c3b22
-CLAIMS = DOMAIN_CLAIMS + PRUNING_CLAIMS + APPENDIX_CLAIMS + OWN_CLAIMS + COST_CLAIMS
+CLAIMS = DOMAIN_CLAIMS + PRUNING_CLAIMS + APPENDIX_CLAIMS + OWN_CLAIMS + MERGE_CLAIMS + COST_CLAIMS
 
 # %% ../../nbs/5_bench/08_claims.ipynb #c46e7d23
 def claims_of(

@@ -65,6 +65,7 @@ EXHIBITS += (
     Exhibit('Supplement, Table 8', 'without the meta-learning objective', 'objective', 'dots.png'),
     Exhibit('Supplement, Table 9', 'real images, noise, or another set', 'data', 'dots.png'),
     Exhibit('not in the paper', 'more LoRAs in the market', 'market_size', 'growth.png'),
+    Exhibit('not in the paper', 'average, merge or recycle', 'merging', 'dots.png'),
 )
 
 # %% ../../nbs/5_bench/09_report.ipynb #bd28f1a8
@@ -106,7 +107,8 @@ def find_gains(
         twin = _find_twin(method, plain)
         if twin is not None:
             pairs.append((method.id, twin.id))
-    return pairs + [('average', 'nn')] * ({'average', 'nn'} <= set(rivals) and bool(plain))
+    pairs += [('average', 'nn')] * ({'average', 'nn'} <= set(rivals))
+    return pairs + [(m.id, m.against) for m in there if m.against in ids]
 
 # %% ../../nbs/5_bench/09_report.ipynb #332a2877
 def _measure_pair(run: SeedRun, pair: tuple, shot, backbone: str) -> list:

@@ -151,6 +151,7 @@ SUPPLEMENT = {
     'data': 'Table 9 of its supplement exchanges the synthetic images; ' + _NOT_OBTAINED,
     'patches': 'Table 6 of its supplement tells kept from dropped patches; ' + _NOT_OBTAINED,
     'market_size': 'The paper has no such table: its markets hold 100 LoRAs throughout.',
+    'merging': 'The paper has no such table: it compares with an average, and with no other merge.',
 }
 
 # %% ../../nbs/5_bench/00_results.ipynb #1bf949cd

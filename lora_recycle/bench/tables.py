@@ -10,8 +10,9 @@ __all__ = ['TASK_METHODS', 'BOTH', 'FINE_TUNED', 'SWITCHES', 'TUNING_FREE', 'LEV
            'draw_masks', 'draw_growth', 'draw_rates', 'score_teacher', 'patch_rows', 'answer_every_class',
            'every_class_rows', 'list_own_columns', 'list_shared_columns', 'make_domain_table', 'make_ablation',
            'make_duel', 'make_pruning_table', 'make_sparsity_table', 'make_tuning_table', 'make_what_table',
-           'make_zero_shot_table', 'make_patch_table', 'draw_named', 'chosen_methods', 'table_at', 'Place',
-           'table_columns', 'list_cells', 'accuracy_rows', 'make_features', 'make_cell', 'answer_cells', 'make_table']
+           'make_zero_shot_table', 'make_merging_table', 'make_patch_table', 'draw_named', 'chosen_methods', 'table_at',
+           'Place', 'table_columns', 'list_cells', 'accuracy_rows', 'make_features', 'make_cell', 'answer_cells',
+           'make_table']
 
 # %% ../../nbs/5_bench/04_tables.ipynb #8cc9aede
 import io
@@ -53,6 +54,7 @@ from lora_recycle.bench.cost import (
 from lora_recycle.bench.methods import (
     GRID,
     MARKET_SIZES,
+    MERGED,
     METHODS,
     MINIATURE_PLANS,
     SCALES,
@@ -654,6 +656,15 @@ def make_zero_shot_table() -> Table:
     return Table('Class names alone', columns, methods, gains, **how)
 
 
+def make_merging_table() -> Table:
+    "Merges beside NN, recycling, and recycling on real images; four own and four other sets."
+    merged = tuple(m.id for m in MERGED)
+    methods = ('nn', 'average', 'average-factors', *merged, *BOTH, *(f'{s}-real' for s in BOTH))
+    columns = (*list_own_columns(IN_DOMAIN), *list_shared_columns(CROSS_DOMAIN))
+    quick = ('nn', 'average', 'average-factors', *merged)
+    return Table('Average, merge or recycle', columns, methods, quick=quick)
+
+
 def make_patch_table() -> Table:
     "Supplement: what kept patches teach, and what dropped ones do."
     levels = [(share, end) for share in (25, 50, 75) for end in ('', '-least')]
@@ -701,6 +712,7 @@ TABLES = dict(
     market_size=make_ablation(
         'Size of the market', (*_SIZES, '-16-images'), pictures=(draw_growth,)
     ),
+    merging=make_merging_table(),
 )
 
 # %% ../../nbs/5_bench/04_tables.ipynb #382ae5c4
