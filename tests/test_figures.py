@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tools import read_cells
+from tools import run_head
 
 from lora_recycle.bench.results import TIME_COLUMNS, read_episodes, read_rows
 from lora_recycle.core import generator
@@ -160,13 +160,7 @@ def test_a_full_cache_makes_nothing(finished, rows):
 def run_guards(folder, **parameters):
     "The cells up to the first work, with `parameters`, as papermill would run them, but here"
     given = dict(out_dir=str(folder / 'results'), cache_dir=str(folder / 'cache')) | parameters
-    names = {}
-    for cell in read_cells(ROOT / 'nbs' / 'figures.ipynb'):
-        exec(cell['source'], names)
-        if 'parameters' in cell['metadata'].get('tags', []):
-            names.update(given)
-        if "check_folder('cache_dir'" in cell['source']:
-            return
+    run_head('figures.ipynb', "check_folder('cache_dir'", **given)
 
 
 @pytest.mark.parametrize(

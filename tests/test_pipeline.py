@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import psutil
 import pytest
-from tools import ROOT, read_cells
+from tools import ROOT, run_head
 
 from lora_recycle.bench.claims import claims_of, judge
 from lora_recycle.bench.methods import METHODS, SCALES
@@ -281,17 +281,6 @@ def test_a_full_cache_makes_nothing_and_damaged_entries_are_named_and_rebuilt(sm
     assert broken[2].name in executed and 'was damaged' in executed
 
 
-def run_head(parameters):
-    "Run the cells of run_table with `parameters`, as papermill would, up to those that work"
-    variables = dict(__name__='run_table')
-    for cell in read_cells(ROOT / 'nbs' / 'run_table.ipynb'):
-        if 'plan_of(table' in cell['source']:
-            return
-        exec(compile(cell['source'], 'run_table', 'exec'), variables)
-        if 'parameters' in cell['metadata'].get('tags', []):
-            variables |= parameters
-
-
 WRONG = [
     (dict(table='nonsense'), ["table='nonsense'", "'in_domain'"]),
     (dict(scale='embeded'), ["scale='embeded'", "Did you mean 'embedded'"]),
@@ -308,7 +297,8 @@ WRONG = [
 def test_bad_parameters_end_before_any_work(tmp_path, parameters, words):
     folders = dict(out_dir=str(tmp_path / 'results'), cache_dir=str(tmp_path / 'cache'))
     with pytest.raises((ValueError, OSError)) as caught:
-        run_head(dict(scale='smoke', **folders) | parameters)
+        given = dict(scale='smoke', **folders) | parameters
+        run_head('run_table.ipynb', "check_folder('cache_dir'", **given)
     for word in words:
         assert word in str(caught.value)
     assert not list(tmp_path.rglob('rows.csv')) and not list(tmp_path.glob('cache/*/*'))

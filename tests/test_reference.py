@@ -1,13 +1,11 @@
 "The plain reference computes what the fast code computes; the benchmark runs and compares."
 
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from tools import ROOT, papermill, read_cells, run_head
 
 from lora_recycle.method.backbone import blank_dropped, encode
 from lora_recycle.core import generator
@@ -32,7 +30,7 @@ from lora_recycle.bench.reference import (
 from lora_recycle.method.distill import prototype_logits
 from lora_recycle.bench.results import COLUMNS, read_rows
 
-ROOT = Path(__file__).resolve().parent.parent
+BENCHMARK = ROOT / 'nbs' / 'benchmark.ipynb'
 SHAPE = ViTShape('small', 36, 6, 48, 4, 4, 24)
 WITHIN = 1e-4  # relative, float32
 
@@ -173,30 +171,9 @@ def test_wrong_sizes_are_named(make, what):
         make()
 
 
-def papermill(folder, **parameters):
-    "Run the benchmark at its smallest size to its end: exit status and what it said"
-    values = dict(size='smoke', repeats=1, memory=False, out_dir=folder / 'results') | parameters
-    done = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'papermill',
-            'nbs/benchmark.ipynb',
-            str(folder / 'out.ipynb'),
-            '--no-progress-bar',
-            *(w for k, v in values.items() for w in ('-p', k, str(v))),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    return done.returncode, done.stdout + done.stderr
-
-
 def test_the_benchmark_runs_and_tells_what_moved(tmp_path):
-    code, said = papermill(tmp_path)
-    assert code == 0, said[-3000:]
+    given = dict(size='smoke', repeats=1, memory=False, out_dir=tmp_path / 'results')
+    made = papermill('benchmark.ipynb', tmp_path / 'out.ipynb', **given)
     out = tmp_path / 'results' / 'benchmark'
     rows = read_rows(out)
     assert list(rows.columns) == list(COLUMNS) and (rows['scale'] == 'smoke').all()
@@ -224,15 +201,25 @@ def test_the_benchmark_runs_and_tells_what_moved(tmp_path):
         'embedding',
     } <= set(steps['title'])
     assert rows[rows['metric'].str.endswith('_difference')]['value'].max() < WITHIN
-    assert 'no rows were here before' in (tmp_path / 'out.ipynb').read_text()
-    rows.loc[rows['metric'] == 'share_of_limit', 'value'] *= (
-        3  # as if it had been three times as fast before
+    assert 'no rows were here before' in made.read_text()
+
+
+def test_ratios_that_moved_are_told(capsys, tmp_path):
+    "As if it had been three times as fast before"
+    names = run_head(
+        'benchmark.ipynb', "check_folder('out_dir'", size='smoke', out_dir=str(tmp_path)
     )
-    pd.DataFrame(rows).to_csv(out / 'rows.csv', index=False)
-    code, said = papermill(tmp_path)
-    assert code == 0, said[-3000:]
-    told = (tmp_path / 'out.ipynb').read_text()
-    assert 'ratios moved by more than 10 %' in told and 'value before' in told
+    line = dict(scale='smoke', device='a CPU', backbone='miniature', dataset='noise', method='ours')
+    line |= dict(commit='0123456789', created='before', title='a step')
+    rows = pd.DataFrame([dict(line, metric=m, value=0.5) for m in ('share_of_limit', 'seconds')])
+    earlier = rows.assign(value=rows['value'] * 3)
+    source = next(c['source'] for c in read_cells(BENCHMARK) if 'def moved(' in c['source'])
+    exec(source, names | dict(frame=rows, earlier=None))
+    assert 'no rows were here before' in capsys.readouterr().out
+    exec(source, names | dict(frame=rows, earlier=earlier, display=print))
+    told = capsys.readouterr().out
+    assert '1 of 1 ratios moved by more than 10 % since 01234567 of before' in told
+    assert 'share_of_limit' in told and 'seconds' not in told
 
 
 @pytest.mark.parametrize(
@@ -245,8 +232,9 @@ def test_the_benchmark_runs_and_tells_what_moved(tmp_path):
     ],
 )
 def test_bad_parameters_end_before_any_work(tmp_path, parameters, words):
-    code, said = papermill(tmp_path, **parameters)
-    assert code != 0
+    given = dict(out_dir=str(tmp_path / 'results')) | parameters
+    with pytest.raises(ValueError) as caught:
+        run_head('benchmark.ipynb', "check_folder('out_dir'", **given)
     for word in words:
-        assert word in said, said[-1500:]
-    assert not (tmp_path / 'results' / 'benchmark' / 'rows.csv').exists()
+        assert word in str(caught.value)
+    assert not (tmp_path / 'results').exists()

@@ -142,6 +142,18 @@ def papermill(notebook, target, **parameters):
     return target
 
 
+def run_head(notebook, last, **parameters):
+    "The names left by the cells of `nbs/notebook` up to the one with `last`, run here."
+    names = dict(__name__=notebook)
+    for cell in read_cells(ROOT / 'nbs' / notebook):
+        exec(compile(cell['source'], notebook, 'exec'), names)
+        if 'parameters' in cell['metadata'].get('tags', []):
+            names.update(parameters)
+        if last in cell['source']:
+            return names
+    raise ValueError(f'no cell of {notebook} holds {last!r}')
+
+
 if __name__ == '__main__':
     for name in sys.argv[2:]:
         print(name, flush=True)
