@@ -98,8 +98,10 @@ class Scale:
 SCALES = {
     'smoke': Scale(
         SETTINGS['smoke'],
-        n_tasks=20,
-        n_tuned=4,
+        n_tasks=10,
+        n_tuned=2,
+        n_query=5,
+        n_val=2,
         large=10,
         tune=TuneConfig(steps=3),
         hub=HubConfig(steps=3),
