@@ -41,8 +41,6 @@ from .inputs import number_images, order_classes
 # %% ../../nbs/2_use/01_classifier.ipynb #d197d354
 import warnings
 
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
 from torch import nn
 
 from ..core import Cache, check_choice, plain
@@ -797,8 +795,10 @@ def recycled_figure(
     recycled: RecycleResult,  # of `recycle`
     loras: int = 4,  # of how many images are shown
     each: int = 2,  # images a class
-) -> Figure:
+):  # a matplotlib Figure
     "Inverted images, the curve of meta-training, accuracy on synthetic episodes."
+    import matplotlib.pyplot as plt  # half a second that `import lora_recycle` does without
+
     widths = dict(width_ratios=(4, 3, 3))
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 2.6), gridspec_kw=widths)
     _draw_images(left, recycled, loras, each)
