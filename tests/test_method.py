@@ -55,26 +55,32 @@ from lora_recycle.method.lora import (
     average_products,
     new_lora,
     only_layers,
+    pack_lora,
     pad_rank,
+    product_widths,
     stack_loras,
     truncate_rank,
+    unpack_lora,
     widen_targets,
 )
 from lora_recycle.method.market import MarketConfig, tune_market
 from lora_recycle.suite.images import load_set
 from lora_recycle.suite.miniature import load_miniature, load_prior, load_token_stats
 
-L, D = 4, 128  # of the miniature
+L, D, H = 4, 128, 512  # of the miniature
 
 
 def tuned_lora(seed=0, rank=4, way=5, targets=('q', 'v'), n=None):
     "LoRAs with a head for the miniature whose B is not zero."
     gen = generator(seed, 'tuned')
-    lora = new_lora(L, D, rank, gen, n, targets)
+    lora = new_lora(L, (D, H), rank, gen, n, targets)
     lead = () if n is None else (n,)
+    B = torch.randn(lora.B.shape, generator=gen) * 0.1
+    for place, target in enumerate(targets):
+        B[..., place, :, product_widths(target, D, H)[1] :] = 0
     return replace(
         lora,
-        B=torch.randn(lora.B.shape, generator=gen) * 0.1,
+        B=B,
         W=torch.randn(*lead, D, way, generator=gen),
         b=torch.randn(*lead, way, generator=gen),
     )
@@ -108,18 +114,23 @@ def masked(pool):
 @pytest.mark.parametrize(
     'wrong, message',
     [
-        (lambda: LoRA(torch.zeros(3, 2, 8, 4), torch.zeros(3, 2, 4, 9)), 'do not fit'),
+        (lambda: LoRA(torch.zeros(3, 2, 8, 4), torch.zeros(3, 2, 4, 9)), 'equally wide'),
+        (lambda: LoRA(torch.zeros(3, 2, 8, 4), torch.zeros(3, 2, 5, 8)), 'do not fit'),
         (lambda: LoRA(torch.zeros(2, 8, 4), torch.zeros(2, 4, 8)), 'do not fit'),
         (lambda: LoRA(torch.zeros(3, 1, 8, 4), torch.zeros(3, 1, 4, 8)), 'for P=1'),
         (lambda: replace(new_lora(3, 8), W=torch.zeros(8, 5)), 'both W and b'),
         (lambda: new_lora(3, 8, targets=('v', 'q')), 'in this order'),
         (lambda: new_lora(3, 8, targets=()), 'must be some of'),
         (lambda: new_lora(3, 8, targets=('q', 'mlp')), 'must be some of'),
+        (lambda: new_lora(3, 8, targets=('fc1',)), 'give (width, hidden)'),
+        (lambda: widen_targets(new_lora(3, 8), ('q', 'v', 'fc2')), 'need hidden'),
+        (lambda: unpack_lora(dict(targets=torch.tensor([[0], [1]]))), 'the same ones for each'),
+        (lambda: unpack_lora(dict(targets=torch.tensor([6]))), 'from 0 to 5'),
         (lambda: new_lora(3, 8, rank=0), 'rank'),
         (lambda: new_lora(3, 8)[0], 'only a market'),
         (lambda: pad_rank(new_lora(3, 8, 4), 2), 'below'),
         (lambda: stack_loras([]), 'empty'),
-        (lambda: stack_loras([new_lora(3, 8), new_lora(3, 8, targets=TARGETS)]), 'widen_targets'),
+        (lambda: stack_loras([new_lora(3, 8), new_lora(3, 8, targets=('k',))]), 'widen_targets'),
         (lambda: widen_targets(new_lora(3, 8), ('k', 'v')), "lacks ['q']"),
         (lambda: average_products(new_lora(3, 8)), 'needs a market'),
         (lambda: average_factors(new_lora(3, 8)), 'needs a market'),
@@ -140,7 +151,7 @@ def test_heads_of_different_shapes_are_left_out():
     assert stack_loras([loras[0], replace(loras[1], W=None, b=None)]).W is None
 
 
-@pytest.mark.parametrize('targets', [('q', 'v'), ('k',), ('q', 'k', 'out'), TARGETS])
+@pytest.mark.parametrize('targets', [('q', 'v'), ('k',), ('q', 'k', 'out'), ('fc2',), TARGETS])
 def test_targets_are_kept(targets):
     market = stack_loras([tuned_lora(i, targets=targets) for i in range(3)])
     assert market.A.shape[2] == len(targets)
@@ -153,35 +164,66 @@ def test_targets_are_kept(targets):
         average_factors(market),
         truncate_rank(market, 2),
         only_layers(market, [1]),
+        unpack_lora(pack_lora(market)),
+        unpack_lora(pack_lora(market[0])),
     ):
         assert lora.targets == targets
+        for place, target in enumerate(targets):
+            reads, gives = product_widths(target, D, H)
+            assert not lora.A[..., place, reads:, :].any(), 'zero beyond its own width'
+            assert not lora.B[..., place, :, gives:].any()
 
 
-@pytest.mark.parametrize('targets', [('q', 'v'), ('k',), ('v', 'out'), TARGETS])
+@pytest.mark.parametrize('targets', [('fc1',), ('fc2',), ('q', 'fc1'), TARGETS])
+def test_a_truncated_lora_is_the_best_of_its_rank(targets):
+    "Found from the factors, the same as from the products."
+    gen = generator(0, 'best')
+    fresh = new_lora(2, (16, 48), 6, gen, 2, targets)
+    market = replace(fresh, B=torch.randn(fresh.B.shape, generator=gen))
+    for lora in (market, market[1]):
+        U, S, V = torch.linalg.svd(lora.A @ lora.B, full_matrices=False)
+        best = U[..., :3] * S[..., None, :3] @ V[..., :3, :]
+        cut = truncate_rank(lora, 3)
+        torch.testing.assert_close(cut.A @ cut.B, best, atol=1e-4, rtol=0)
+        whole = truncate_rank(lora, 9)
+        assert whole.rank == 9
+        torch.testing.assert_close(whole.A @ whole.B, lora.A @ lora.B, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize('targets', [('q', 'v'), ('k',), ('v', 'out'), ('fc1',), ('out', 'fc2'), TARGETS])
 @pytest.mark.parametrize('seed', range(2))
 def test_zeros_for_more_targets_change_nothing(backbone, targets, seed):
     market = tuned_lora(seed, targets=targets, n=2)
     x = noise(6, seed)
     given = encode(backbone, x, market).features
     assert (given - encode(backbone, x).features).abs().max() > 0.01
-    wide = encode(backbone, x, widen_targets(market, TARGETS)).features
+    wide = encode(backbone, x, widen_targets(market, TARGETS, H)).features
     torch.testing.assert_close(wide, given, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize('target', TARGETS)
-def test_a_lora_equals_changed_weights(backbone, target):
-    lora = tuned_lora(3, targets=(target,))
+def merged_weights(backbone, lora):
+    "The weights of a backbone with what a LoRA adds to them."
     weights = dict(backbone.weights)
+    names = dict(out='attn.out_proj', fc1='mlp.c_fc', fc2='mlp.c_proj')
     for layer in range(L):
-        at = f'transformer.resblocks.{layer}.attn.'
-        change = (lora.A @ lora.B)[layer, 0].mT
-        if target == 'out':
-            weights[at + 'out_proj.weight'] = weights[at + 'out_proj.weight'] + change
-        else:
-            rows = 'qkv'.index(target) * D
-            W = weights[at + 'in_proj_weight'].clone()
-            W[rows : rows + D] += change
-            weights[at + 'in_proj_weight'] = W
+        for place, target in enumerate(lora.targets):
+            reads, gives = product_widths(target, D, H)
+            change = (lora.A @ lora.B)[layer, place, :reads, :gives].mT
+            at = f'transformer.resblocks.{layer}.{names.get(target, "attn.in_proj_")}'
+            at += '.weight' if target in names else 'weight'
+            rows = 'qkv'.index(target) * D if target not in names else 0
+            W = weights[at].clone()
+            W[rows : rows + gives] += change
+            weights[at] = W
+    return weights
+
+
+@pytest.mark.parametrize('act', ['gelu', 'quick_gelu'])
+@pytest.mark.parametrize('targets', [*((t,) for t in TARGETS), ('k', 'fc1'), TARGETS], ids=str)
+def test_a_lora_equals_changed_weights(backbone, targets, act):
+    lora = tuned_lora(3, targets=targets)
+    backbone = replace(backbone, act=act)
+    weights = merged_weights(backbone, lora)
     for forward in (encode, encode_tokens):
         merged = forward(replace(backbone, weights=weights), noise()).features
         torch.testing.assert_close(
@@ -481,7 +523,8 @@ def test_a_meta_lora_changes_what_its_teachers_change(backbone, pool):
     for start in ('zero', 'average'):
         market = tuned_lora(n=6, targets=TARGETS)
         meta, _ = distill(backbone, market, pool, replace(SHORT, start=start), generator(0))
-        assert meta.targets == TARGETS and meta.B[:, 3].abs().max() > 0
+        assert meta.targets == TARGETS and meta.B.abs().amax((0, 2, 3)).min() > 0
+        assert not meta.A[:, :5, D:].any() and not meta.B[:, [0, 1, 2, 3, 5], :, D:].any()
 
 
 def test_answers_looked_up_are_the_answers_given(backbone, masked):

@@ -25,7 +25,7 @@ from .cost import PAPER_PLANS, name_plan
 from ..method.chain import SETTINGS, Chain, Machine, Named, Recipe, Settings
 from ..method.inversion import SMI_DROP
 from ..method.lora import LoRA, average_factors, average_products, new_lora
-from ..method.lora import truncate_rank
+from ..method.lora import pack_lora, truncate_rank, unpack_lora
 from lora_recycle.rivals.features import (
     CamlConfig,
     caml_predict,
@@ -206,7 +206,7 @@ def read_features(
     "Features of all images of `data`, from the store if they are there."
     key = dict(
         backbone=chain.backbone.digest,
-        lora=None if lora is None else digest(lora.tensors()),
+        lora=None if lora is None else digest(pack_lora(lora)),
         images=_digest_images(data),
     )
     make = lambda: dict(features=embed(chain.backbone, data.images, lora))
@@ -571,16 +571,16 @@ def _learn_named(chain: Chain, kind: str, settings: object, learn: Callable) -> 
     "A LoRA that `learn(market, images, gen)` makes of the inverted images, from the store."
     market = chain.market().lora
     images = chain.pool(Recipe()).images
-    key = dict(backbone=chain.backbone.digest, market=digest(market.tensors()))
+    key = dict(backbone=chain.backbone.digest, market=digest(pack_lora(market)))
     key |= dict(images=digest(images), settings=settings, seed=chain.seed, set=chain.name)
     gen = generator(chain.seed, kind, chain.name)
 
     def make():
         "Learn it."
         lora = learn(market, images, gen)
-        return dict(A=lora.A, B=lora.B)
+        return pack_lora(replace(lora, W=None, b=None))
 
-    return LoRA(**chain.store.get(kind, key, make))
+    return unpack_lora(chain.store.get(kind, key, make))
 
 # %% ../../nbs/5_bench/03_methods.ipynb #b90d9cb4
 def _named_mole(chain: Chain, exam: Exam) -> LoRA:

@@ -60,6 +60,11 @@ class _Sizes:
         return len(self.weights['proj'])
 
     @property
+    def widths(self) -> tuple[int, int]:
+        "Width D of a token, and H between the two layers of a perceptron: see `new_lora`."
+        return self.width, self.weights['transformer.resblocks.0.mlp.c_fc.weight'].shape[0]
+
+    @property
     def layers(self) -> int:
         "Number L of layers."
         blocks = [k for k in self.weights if k.startswith('transformer.resblocks.')]
@@ -218,15 +223,17 @@ def lora_delta(
     lora: LoRA,  # one, or M for M equal consecutive groups of images
     layer: int,  # from 0
     target: str,  # one of `lora.targets`
-) -> Tensor:  # [B,N,D]
-    "What the LoRA adds to the projection `target` of tokens."
+    out: int | None = None,  # columns of what the product gives; None: as many as x has
+) -> Tensor:  # [B,N,out]
+    "What the LoRA adds to the product `target` of tokens."
     place = lora.targets.index(target)
-    A = lora.A.select(-4, layer).select(-3, place)
-    B = lora.B.select(-4, layer).select(-3, place)
+    width = x.shape[-1]
+    A = lora.A.select(-4, layer).select(-3, place)[..., :width, :]
+    B = lora.B.select(-4, layer).select(-3, place)[..., : out or width]
     if lora.size is None:
         return x @ A @ B
-    grouped = x.reshape(lora.size, -1, x.shape[-1])
-    return torch.bmm(torch.bmm(grouped, A), B).view_as(x)
+    grouped = x.reshape(lora.size, -1, width)
+    return torch.bmm(torch.bmm(grouped, A), B).view(*x.shape[:-1], -1)
 
 # %% ../../nbs/1_method/01_backbone.ipynb #20b0000f
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -368,10 +375,10 @@ def _scale(backbone: Backbone, x: Tensor, name: str) -> Tensor:
 
 
 def _add_lora(x: Tensor, tokens: Tensor, lora: LoRA | None, layer: int, target: str) -> Tensor:
-    "A projection x of `tokens` with what the LoRA adds to it, if it does."
+    "A product x of `tokens` with what the LoRA adds to it, if it does."
     if lora is None or target not in lora.targets:
         return x
-    return x + lora_delta(tokens, lora, layer, target)
+    return x + lora_delta(tokens, lora, layer, target, x.shape[-1])
 
 # %% ../../nbs/1_method/01_backbone.ipynb #20b0001b
 def _heads_of(
@@ -399,18 +406,21 @@ def _project_out(backbone: Backbone, mixed: Tensor, layer: int, lora: LoRA | Non
     return _add_lora(F.linear(mixed, W, b), mixed, lora, layer, 'out')
 
 
-def _mlp(backbone: Backbone, x: Tensor, layer: int) -> Tensor:
+def _mlp(backbone: Backbone, x: Tensor, layer: int, lora: LoRA | None) -> Tensor:
     "The two-layer perceptron of layer `layer` on normalised tokens [B,N,D]."
     at = f'transformer.resblocks.{layer}.mlp.'
     W1, b1, W2, b2 = (
         backbone.weights[at + k]
         for k in ('c_fc.weight', 'c_fc.bias', 'c_proj.weight', 'c_proj.bias')
     )
+    add = lambda y, tokens, target: _add_lora(y, tokens, lora, layer, target)
     if backbone.act == 'gelu':
-        return F.linear(F.gelu(F.linear(x, W1, b1)), W2, b2)
+        h = F.gelu(add(F.linear(x, W1, b1), x, 'fc1'))
+        return add(F.linear(h, W2, b2), h, 'fc2')
     scale = 1.702
-    h = F.silu(F.linear(scale * x, W1, scale * b1))
-    return F.linear(h, W2) / scale + b2
+    x = scale * x
+    h = F.silu(add(F.linear(x, W1, scale * b1), x, 'fc1'))
+    return add(F.linear(h, W2), h, 'fc2') / scale + b2
 
 # %% ../../nbs/1_method/01_backbone.ipynb #23051eff
 @dataclass
@@ -470,7 +480,7 @@ def _forward(backbone, images, lora, plan, keep, select, with_tokens) -> Encoded
             x = x if ahead == 1 else gather_tokens(x, stay, lead)
             kept = kept.gather(1, stay)
             angles = _angles_of(backbone, kept)
-        added = _mlp(backbone, _norm(backbone, x, at + 'ln_2'), layer)
+        added = _mlp(backbone, _norm(backbone, x, at + 'ln_2'), layer, lora)
         x = x + _scale(backbone, added, at + 'ls_2')
         if with_tokens:
             tokens.append(x)

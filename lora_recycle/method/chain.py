@@ -32,7 +32,7 @@ from lora_recycle.method.inversion import (
     invert,
     sparse_patches,
 )
-from .lora import LoRA
+from .lora import LoRA, pack_lora
 from .market import Market, MarketConfig, head_logits, private_data
 from .market import tune_market
 from ..suite.images import IN_DOMAIN, PAPER_SETS, ImageSet
@@ -407,7 +407,7 @@ class Given:
 
     def describe(self, chain: 'Chain') -> str:
         "Digest of the LoRAs."
-        return digest(self.market.lora.tensors())
+        return digest(pack_lora(self.market.lora))
 
 # %% ../../nbs/1_method/05_chain.ipynb #a383f1b6
 @dataclass(frozen=True)

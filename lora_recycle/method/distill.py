@@ -321,7 +321,7 @@ def first_lora(
     "Where meta-training starts."
     if config.start == 'average':
         return truncate_rank(average_products(teachers), config.rank)
-    size = (backbone.layers, backbone.width, config.rank)
+    size = (backbone.layers, backbone.widths, config.rank)
     return new_lora(*size, gen, targets=teachers.targets)
 
 # %% ../../nbs/1_method/04_distill.ipynb #40d00017

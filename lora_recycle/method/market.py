@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..core import check_int, generator, send
 from .backbone import Backbone, encode, normalise
-from .lora import QV, LoRA, new_lora
+from .lora import LoRA, new_lora, pack_lora, unpack_lora
 from ..suite.images import ImageSet
 
 # %% ../../nbs/1_method/02_market.ipynb #2469390d
@@ -59,13 +59,12 @@ class Market:
 
     def tensors(self) -> dict[str, Tensor]:
         "All tensors by name, for a file or the cache."
-        return {**self.lora.tensors(), 'classes': self.classes, 'accuracy': self.accuracy}
+        return {**pack_lora(self.lora), 'classes': self.classes, 'accuracy': self.accuracy}
 
     @staticmethod
-    def from_tensors(t: dict[str, Tensor], targets: tuple = QV) -> 'Market':
-        "The market whose `tensors` are `t`; its LoRAs change the projections `targets`."
-        lora = LoRA(t['A'], t['B'], t['W'], t['b'], targets)
-        return Market(lora, t['classes'], t['accuracy'])
+    def from_tensors(t: dict[str, Tensor]) -> 'Market':
+        "The market whose `tensors` are `t`."
+        return Market(unpack_lora(t), t['classes'], t['accuracy'])
 
 # %% ../../nbs/1_method/02_market.ipynb #50a00005
 def _data_of_one(data: ImageSet, config: MarketConfig, seed: int, m: int) -> tuple[Tensor, ...]:

@@ -7,8 +7,7 @@ __all__ = ['RATES', 'TuneConfig', 'TunedEpisodes', 'descend', 'to_tuned', 'join_
            'head_logits_of', 'head_loss', 'tune_head', 'group_features', 'query_features', 'take_rows', 'Adapted',
            'tune_episodes', 'tune_lora', 'tune_full', 'gated_lora', 'tune_mole', 'HubConfig', 'compose', 'Composed',
            'hub_losses', 'ask_and_tell', 'lorahub', 'episode_features', 'own_prototype', 'own_probe', 'cosine_logits',
-           'episode_loss', 'pmf_features', 'lora_of', 'meta_train_pmf', 'shift_and_colour', 'pmf_loss', 'tune_pmf',
-           'choose_rate']
+           'episode_loss', 'pmf_features', 'meta_train_pmf', 'shift_and_colour', 'pmf_loss', 'tune_pmf', 'choose_rate']
 
 # %% ../../nbs/4_rivals/01_finetune.ipynb #7af1b971
 import warnings
@@ -24,7 +23,7 @@ from tqdm.auto import tqdm
 from ..core import check_choice, check_int, send
 from ..method.backbone import Backbone, encode, normalise
 from ..method.distill import DistillConfig, augment, draw_tasks, prototype_logits
-from ..method.lora import LoRA
+from ..method.lora import LoRA, pack_lora, unpack_lora
 from .features import fit_linear
 from ..suite.episodes import Episodes
 from ..suite.evaluate import right_answers
@@ -535,32 +534,18 @@ def pmf_features(
 ) -> Tensor:  # [k,D]
     "Features under P>M>F's tensors."
     if 'A' in tensors:
-        return encode(backbone, images, lora_of(tensors)).features
+        return encode(backbone, images, unpack_lora(tensors)).features
     weights = {k: tensors[k] for k in backbone.weights}
     return encode(replace(backbone, weights=weights), images).features
 
 # %% ../../nbs/4_rivals/01_finetune.ipynb #4045b9c5
-_TARGETS_OF = {1: ('q',), 2: ('q', 'v'), 3: ('q', 'k', 'v'), 4: ('q', 'k', 'v', 'out')}
-
-
-def lora_of(
-    tensors: dict[str, Tensor],  # A and B; P tells which projections they change
-) -> LoRA:
-    "The LoRA in P>M>F's tensors."
-    targets = _TARGETS_OF[tensors['A'].shape[-3]]
-    return LoRA(tensors['A'], tensors['B'], targets=targets)
-
-
 def _start_pmf(backbone: Backbone, start: LoRA | None) -> dict[str, Tensor]:
     "What P>M>F learns, as it begins: leaves on the backbone's device."
-    if start is not None and start.targets != _TARGETS_OF[len(start.targets)]:
-        raise ValueError(
-            f'start changes {start.targets}; give one of {list(_TARGETS_OF.values())}, '
-            'see widen_targets'
-        )
-    first = dict(backbone.weights) if start is None else dict(A=start.A, B=start.B)
+    bare = None if start is None else replace(start, W=None, b=None)
+    first = dict(backbone.weights) if bare is None else pack_lora(bare)
     first |= dict(scale=torch.tensor(10.0), bias=torch.tensor(0.0))
-    return {k: t.to(backbone.device).clone().requires_grad_() for k, t in first.items()}
+    found = {k: t.to(backbone.device).clone() for k, t in first.items()}
+    return {k: t.requires_grad_(k != 'targets') for k, t in found.items()}
 
 # %% ../../nbs/4_rivals/01_finetune.ipynb #ac8b4561
 def meta_train_pmf(
@@ -575,7 +560,7 @@ def meta_train_pmf(
     flat = pool.flatten(0, 2)
     truth = torch.arange(config.way, device=backbone.device).view(1, -1, 1)
     curve = torch.zeros(config.steps, device=backbone.device)  # read when all steps are done
-    opt = torch.optim.Adam(tensors.values(), lr=config.lr)
+    opt = torch.optim.Adam([t for t in tensors.values() if t.requires_grad], lr=config.lr)
     for step in tqdm(range(config.steps), desc='meta-train', leave=False):
         rows = draw_tasks(pool.shape[:3], config, mixed=True, gen=gen)[2]
         views = normalise(augment(flat[rows.flatten()].float() / 255, config, gen), backbone)
@@ -626,7 +611,7 @@ def _pmf_group(backbone, images, episodes, start, config, gen) -> TunedEpisodes:
     def features(tensors, x):
         "Of every episode under its own tensors [t,k,D]."
         if 'A' in tensors:
-            return group_features(backbone, x, lora_of(tensors))
+            return group_features(backbone, x, unpack_lora(tensors | places))
         return pmf_features(backbone, {k: v[0] for k, v in tensors.items()}, x[0])[None]
 
     def losses(tensors, step):
@@ -634,7 +619,9 @@ def _pmf_group(backbone, images, episodes, start, config, gen) -> TunedEpisodes:
         chosen = torch.rand(t, way, shot, generator=gen).argsort(-1)[..., :n_views]
         return pmf_loss(features, tensors, clean, chosen, backbone, gen)
 
-    tensors = {k: v.expand(t, *v.shape).to(backbone.device) for k, v in start.items()}
+    places = {k: v for k, v in start.items() if k == 'targets'}
+    learnt = {k: v for k, v in start.items() if k not in places}
+    tensors = {k: v.expand(t, *v.shape).to(backbone.device) for k, v in learnt.items()}
     diverged = torch.zeros(t, dtype=torch.bool, device=backbone.device)
     if config.lr:
         tensors, diverged = descend(losses, tensors, config)

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from ..core import check_folder, check_int, digest
 from ..core import environment, save_tensors, write_json, write_text
 from ..method.backbone import Backbone
-from ..method.lora import LoRA, check_targets
+from ..method.lora import LoRA, check_targets, factor_widths, pack_lora
 from ..suite.evaluate import embed
 from .calibration import fit_temperature, fit_threshold, leave_one_out
 from .calibration import measure_spread, squared_distances
@@ -72,11 +72,12 @@ def check_lora(
         raise ValueError(
             f'meta_lora is a market of {lora.size} LoRAs; recycle it, or take one: market[0]'
         )
-    fits = backbone.layers, len(lora.targets), backbone.width
-    if lora.A.shape[:-1] != fits:
+    rows, columns = factor_widths(lora.targets, *backbone.widths)
+    lead = (backbone.layers, len(lora.targets))
+    if lora.A.shape[:-1] != (*lead, rows) or lora.B.shape[-1] != columns:
         raise ValueError(
-            f'a LoRA with A {list(lora.A.shape)} does not fit {backbone.name}: '
-            f'[{fits[0]},{fits[1]},{fits[2]},r]'
+            f'a LoRA with A {list(lora.A.shape)}, B {list(lora.B.shape)} does not fit '
+            f'{backbone.name}: [{lead[0]},{lead[1]},{rows},r], [{lead[0]},{lead[1]},r,{columns}]'
         )
     return lora
 
@@ -729,7 +730,7 @@ def _report(chain: Chain, held: Chain, teacher_accuracy: Tensor, notes: list[str
     market = chain.source.market.lora
     size = dict(loras=market.size, rank=market.rank, classes=market.W.shape[2])
     return dict(
-        market=dict(digest=digest(market.tensors()), **size),
+        market=dict(digest=digest(pack_lora(market)), **size),
         backbone=dict(name=chain.backbone.name, digest=chain.backbone.digest),
         seed=chain.seed,
         shot=chain.settings.distill.shot,
