@@ -51,8 +51,8 @@ def _check_stem(weights: dict, stem: tuple):
             raise ValueError(f'stem[{i}]: skip={conv.skip} reaches back beyond the image')
 
 # %% ../../nbs/1_method/01_backbone.ipynb #20b00004
-class _Sizes:
-    "What can be read off the tensors of a backbone."
+class _Widths:
+    "How wide the tensors of a backbone are."
 
     @property
     def width(self) -> int:
@@ -63,6 +63,15 @@ class _Sizes:
     def widths(self) -> tuple[int, int]:
         "Width D of a token, and H between the two layers of a perceptron: see `new_lora`."
         return self.width, self.weights['transformer.resblocks.0.mlp.c_fc.weight'].shape[0]
+
+    @property
+    def out_dim(self) -> int:
+        "Width of a feature."
+        return self.weights['proj'].shape[1]
+
+# %% ../../nbs/1_method/01_backbone.ipynb #61f92918
+class _Sizes(_Widths):
+    "What can be read off the tensors of a backbone."
 
     @property
     def layers(self) -> int:
@@ -86,11 +95,6 @@ class _Sizes:
     def side(self) -> int:
         "Side of the square images that it takes, pixels."
         return self.patch * math.isqrt(self.n_patches)
-
-    @property
-    def out_dim(self) -> int:
-        "Width of a feature."
-        return self.weights['proj'].shape[1]
 
 # %% ../../nbs/1_method/01_backbone.ipynb #20b00027
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
