@@ -290,6 +290,10 @@ WRONG = [
     (dict(tabel='in_domain'), ["'tabel'", "Did you mean 'table'"]),
     (dict(seed='one'), ["seed='one'", 'must be a int']),
     (dict(seed=-1), ['seed=-1', '0 or more']),
+    (dict(sources='a', out_dir='results'), ['would replace the published table']),
+    (dict(targets='/a'), ["targets='/a'", 'below data_dir']),
+    (dict(backbone='ViT'), ["backbone='ViT'", 'miniature-photo']),
+    (dict(shots='few'), ["shots='few'", '1|5|50']),
     (dict(device='gpu'), ["device='gpu'", "'cpu'"]),
     (dict(cache_dir='/proc/nothing/here'), ['cache_dir', 'Set cache_dir to a folder']),
 ]

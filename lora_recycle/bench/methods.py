@@ -88,6 +88,8 @@ class Scale:
     caml: CamlConfig = CamlConfig(way=20)
     merge: MergeGrid = MergeGrid()
     machine: Machine = Machine()  # unless a run says otherwise
+    columns: tuple = ()  # of one's own sets, see `tables.choose_columns`; (): those of the table
+    backbone: str = ''  # in place of those of the table
 
     @property
     def name(self) -> str:

@@ -378,6 +378,7 @@ def write_page(
     judged: pd.DataFrame,  # the claims about it, judged by this run alone
     pictures: tuple = ('dots',),  # names of png files beside the page, the first on top
     stale: str = '',  # why the rows no longer stand, see `runs`
+    about: str = '',  # which sets these are, if not those that stand for the paper's
 ) -> str:  # markdown
     "The page of a table: answer, picture, gains, verdicts, rows, and what the paper prints."
     _check_one(run.rows)
@@ -388,7 +389,7 @@ def write_page(
     text = f'# {place.paper}: {place.what}\n\n'
     if stale:
         text += f'> **Stale.** {stale[0].upper()}{stale[1:]}.\n\n'
-    text += write_answer(run, gains) + '\n\n'
+    text += ''.join(f'{part}\n\n' for part in (about, write_answer(run, gains)) if part)
     text += ''.join(f'![{name}]({name}.png)\n\n' for name in pictures[:1])
     if len(gains):
         both = pd.concat([gains, measure_best(run)])
@@ -401,4 +402,4 @@ def write_page(
         text += f'[All claims, by every seed]({up}/claims/table.md)\n\n'
     text += f'## Rows\n\n{_write_facts(run.rows)}{_write_sections(run.rows)}'
     text += ''.join(f'\n![{name}]({name}.png)\n' for name in pictures[1:])
-    return text + _write_paper(table)
+    return text if about else text + _write_paper(table)

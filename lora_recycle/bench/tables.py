@@ -11,8 +11,8 @@ __all__ = ['TASK_METHODS', 'BOTH', 'FINE_TUNED', 'SWITCHES', 'TUNING_FREE', 'LEV
            'every_class_rows', 'list_own_columns', 'list_shared_columns', 'make_domain_table', 'make_ablation',
            'make_duel', 'make_pruning_table', 'make_sparsity_table', 'make_tuning_table', 'make_what_table',
            'make_zero_shot_table', 'make_merging_table', 'make_patch_table', 'draw_named', 'chosen_methods', 'table_at',
-           'Place', 'table_columns', 'list_cells', 'accuracy_rows', 'make_features', 'make_cell', 'answer_cells',
-           'make_table']
+           'choose_columns', 'name_columns', 'read_shots', 'own_scale', 'Place', 'table_columns', 'list_cells',
+           'accuracy_rows', 'make_features', 'make_cell', 'answer_cells', 'make_table']
 
 # %% ../../nbs/5_bench/04_tables.ipynb #8cc9aede
 import io
@@ -88,12 +88,12 @@ from lora_recycle.method.chain import (
 from ..method.inversion import InvertConfig, count_alive, sparse_patches
 from ..method.lora import new_lora
 from ..method.market import head_logits
-from ..paper.models import load_backbone
+from ..paper.models import MODELS, load_backbone
 from ..rivals.finetune import TuneConfig, tune_full, tune_lora
 from ..suite.episodes import Episodes, draw_episodes
 from ..suite.evaluate import embed, interval, nearest_prototype
 from ..suite.images import CROSS_DOMAIN, IN_DOMAIN
-from ..suite.miniature import MINIATURES, PHOTO
+from ..suite.miniature import MINIATURES, PHOTO, SHIPPED
 
 # %% ../../nbs/5_bench/04_tables.ipynb #e9e15100
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ def draw_images(
 ) -> dict[str, Figure]:
     "Real and inverted images of each source, if the rows needed inverted ones."
     recipes = [r for r in _list_recipes(scene) if r is not None]
-    if scene.scale.chain.on_disk and not any(r.pool == 'inverted' for r in recipes):
+    if not scene.scale.chain.public and not any(r.pool == 'inverted' for r in recipes):
         return {}
     shown = {}
     for chain in {chain.name: chain for chain in scene.chains}.values():
@@ -776,18 +776,93 @@ def table_at(
     table: str,  # id
     scale: Scale,  # all sizes
 ) -> Table:
-    "The table at a scale: with sets and backbones of its suite, the paper's with its plans."
+    "The table at a scale: with sets and backbones of its suite or its own, the paper's plans."
     chosen = TABLES[check_choice('table', table, TABLES)]
-    if scale.suite == 'glyphs':
-        return chosen
     if scale.suite == 'paper':
         chosen = chosen.deep or chosen
-    place = SUITES[scale.suite]
+    named = lambda name: SUITES.get(scale.suite, {}).get(name, name)
     columns = tuple(
-        (tuple(place[s] for s in sources), place[target]) for sources, target in chosen.columns
+        (tuple(map(named, sources)), named(target)) for sources, target in chosen.columns
     )
-    backbones = tuple(dict.fromkeys(place[b] for b in chosen.backbones))
-    return replace(chosen, columns=columns, backbones=backbones)
+    backbones = (scale.backbone,) if scale.backbone else map(named, chosen.backbones)
+    return replace(
+        chosen, columns=scale.columns or columns, backbones=tuple(dict.fromkeys(backbones))
+    )
+
+# %% ../../nbs/5_bench/04_tables.ipynb #885e8198
+def _list_names(text: str, name: str) -> tuple[str, ...]:
+    "The names in `text`, | between them; ValueError for an empty, doubled or absolute one."
+    names = tuple(part.strip() for part in text.split('|')) if text.strip() else ()
+    wrong = [n for n in names if not n or n.startswith(('/', '~', '\\')) or names.count(n) > 1]
+    if wrong:
+        raise ValueError(
+            f'{name}={text!r}: {wrong[0]!r} is empty, named twice, or no path below data_dir. '
+            'Give names with | between them, such as my_photos|PACS/photo.'
+        )
+    return names
+
+
+def choose_columns(
+    sources: str = '',  # sets that LoRAs are tuned on, | between them; '': each target itself
+    targets: str = '',  # sets that they are tried on, | between them; '': each source itself
+) -> tuple:  # of columns; () if both are empty
+    "Columns of one's own sets: each target with the LoRAs of all sources."
+    given = _list_names(sources, 'sources')
+    tried = _list_names(targets, 'targets')
+    if not (given and tried):
+        return list_own_columns(given or tried)
+    return tuple((given, target) for target in tried)
+
+# %% ../../nbs/5_bench/04_tables.ipynb #9109c308
+def name_columns(
+    columns: tuple,  # of `choose_columns`
+) -> str:  # '' if there are none
+    "A sentence for the page of a table that names the sets."
+    parts = []
+    for sources, target in columns:
+        lent = 'its own LoRAs' if sources == (target,) else f'LoRAs of {", ".join(sources)}'
+        parts.append(f'`{target}` with {lent}')
+    return f'Tried on other image sets than the paper: {"; ".join(parts)}.' if parts else ''
+
+
+def read_shots(
+    text: str,  # numbers with | between them, such as '1|5|50'; '': none
+) -> tuple[int, ...]:
+    "Shots as a parameter of a notebook gives them; ValueError."
+    parts = [part.strip() for part in text.split('|')] if text.strip() else []
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f'shots={text!r} must be whole numbers with | between them, as in 1|5|50')
+    return tuple(dict.fromkeys(map(int, parts)))
+
+# %% ../../nbs/5_bench/04_tables.ipynb #eb13a072
+_FOR_PHOTOS = {'embedded': 'photos', 'smoke': 'photos-quick'}
+
+
+def _choose_backbone(scale: Scale, columns: tuple, backbone: str) -> str:
+    "The backbone of a run on its own columns; '' for that of the table; ValueError."
+    if not backbone:
+        return PHOTO if columns and not scale.chain.on_disk else ''
+    return check_choice('backbone', backbone, MODELS if scale.chain.on_disk else SHIPPED)
+
+
+def own_scale(
+    name: str,  # of `SCALES`
+    columns: tuple = (),  # of `choose_columns`
+    backbone: str = '',  # '': for photos if there are columns, else those of the table
+    shots: tuple = (),  # images a class, 1 to 50; (): the scale's
+) -> Scale:
+    "A scale for one's own sets, backbone and shots; without any of them the scale itself."
+    scale = SCALES[check_choice('scale', name, SCALES)]
+    backbone = _choose_backbone(scale, columns, backbone)
+    if backbone == PHOTO and scale.chain.public:
+        scale = SCALES[_FOR_PHOTOS[name]]
+    shots = tuple(check_int('shots', shot, 1, 50) for shot in shots) or scale.shots
+    n_sets = max([1, *(len(sources) for sources, _ in columns)])
+    n_loras = -(-scale.chain.market.n_loras // n_sets) * n_sets
+    chain = replace(scale.chain, market=replace(scale.chain.market, n_loras=n_loras))
+    if chain.per_class:
+        chain = replace(chain, per_class=max(chain.per_class, max(shots) + scale.n_query))
+    return replace(scale, chain=chain, columns=columns, backbone=backbone, shots=shots)
 
 # %% ../../nbs/5_bench/04_tables.ipynb #a0c0e0be
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'PASSES', 'Work', 'n_weights', 'list_work', 'count_operations', 'plan_of', 'count_kept_bytes',
            'bytes_an_image', 'memory_gb', 'free_memory_gb', 'memory_rows', 'disk_row', 'weight_row', 'data_row',
-           'calibrate', 'add_time', 'list_files', 'preflight', 'refuse']
+           'calibrate', 'add_time', 'set_row', 'check_sets', 'list_files', 'preflight', 'refuse']
 
 # %% ../../nbs/6_paper/02_preflight.ipynb #bdd5bff1
 import shutil
@@ -39,7 +39,7 @@ from ..method.chain import Machine, Recipe, Settings, apply_recipe, weights_file
 from ..method.distill import worth_caching_teachers
 from ..method.inversion import count_alive
 from ..method.lora import new_lora
-from .datasets import check_set
+from .datasets import check_set, find_set
 from lora_recycle.paper.models import (
     MODELS,
     find_shape,
@@ -48,7 +48,8 @@ from lora_recycle.paper.models import (
     stem_flops_g,
 )
 from ..suite.folders import FileSet, check_images
-from ..suite.images import PAPER_SETS, class_splits
+from ..suite.images import CROSS_DOMAIN, IN_DOMAIN, PAPER_SETS, SPLITS, class_splits
+from ..suite.reading import list_few
 
 # %% ../../nbs/6_paper/02_preflight.ipynb #af184022
 @dataclass(frozen=True)
@@ -105,10 +106,13 @@ def _lora_gb(shape: ViTShape, rank: int) -> float:
     return 4 * 4 * shape.layers * shape.width * rank / 1e9
 
 # %% ../../nbs/6_paper/02_preflight.ipynb #255c7513
+_GUESSED = 100  # images of a class of one's own set, where all are read
+
+
 def _per_class(name: str, settings: Settings, split: str) -> int:
     "Images of a class of `split`, in the mean."
     if name not in PAPER_SETS:
-        return settings.per_class
+        return settings.per_class or _GUESSED
     found = class_splits(name)
     return found['images'].get(split, found['images']['total']) // max(1, len(found[split]))
 
@@ -632,6 +636,73 @@ def add_time(
         hours.append(sum(row[kind] * each.get(kind, 0.0) for kind in kinds) / 3600)
     return plan.assign(hours_here=hours)
 
+# %% ../../nbs/6_paper/02_preflight.ipynb #670ac9e4
+def _find_set_fault(data, name: str, split: str, n_classes: int, least: int) -> str:
+    "Why the set cannot serve, with a remedy; '' if it can."
+    counts = torch.bincount(data.labels, minlength=len(data.classes))
+    there = data.splits[split]
+    if len(there) < n_classes:
+        words = f'{n_classes} classes are needed in its split {split}, it has {len(there)}.'
+        if ':' not in name and len(data.classes) >= n_classes:
+            return f'{words} Name it {name}:{split} to use all of its {len(data.classes)}.'
+        return f'{words} Put more classes there.'
+    small = [f'{data.classes[c]} has {counts[c]}' for c in there if counts[c] < least]
+    if small:
+        return (
+            f'{least} images are needed in each class, but {list_few(small)}. Leave these classes '
+            'out, add images, or lower shots.'
+        )
+    return ''
+
+
+def set_row(
+    name: str,  # see `datasets.find_set`
+    root: str,  # below which it lies
+    split: str,  # whose classes are used: 'train' or 'test'
+    n_classes: int,  # that must be there
+    least: int,  # images that each of them must have
+) -> dict:
+    "Whether any image set has the classes and images that a run asks of it."
+    need = f'{n_classes} classes of {least} images or more in {split}'
+    row = _ROW | dict(kind='data', what=name, need=need, have='absent or wrong')
+    try:
+        data = find_set(name, root)
+        counts = torch.bincount(data.labels, minlength=len(data.classes))
+        shares = ', '.join(f'{len(data.splits[s])} {s}' for s in SPLITS)
+        sizes = f'{counts.min()} to {counts.max()} images'
+        row['have'] = f'{len(data.classes)} classes ({shares}) of {sizes}'
+        row['remedy'] = _find_set_fault(data, name, split, n_classes, least)
+    except (OSError, ValueError) as err:
+        row['remedy'] = str(err)
+    return row | dict(fits=not row['remedy'])
+
+# %% ../../nbs/6_paper/02_preflight.ipynb #4ccfde26
+def _held_least(config) -> int:
+    "The fewest images of a class of which a LoRA can be tuned on some and tried on others."
+    return next(n for n in range(2, 10**6) if 0 < round(n * config.train_share) < n)
+
+
+def check_sets(
+    table: str,  # id
+    scale: Scale,  # all sizes
+    place: Place,  # where files lie
+) -> pd.DataFrame:  # columns kind, what, need, have, fits, remedy; no row for embedded sets
+    "One row for each set of files and split of it that a table reads."
+    chosen = table_at(table, scale)
+    market = scale.chain.market
+    least = max(chosen.shots or scale.shots) + scale.n_query
+    uses = {}
+    for sources, target in chosen.columns:
+        uses |= {(name, 'train'): (market.way, _held_least(market)) for name in sources}
+        uses[target, 'test'] = (scale.way, least)
+    embedded = (*IN_DOMAIN, *CROSS_DOMAIN)
+    rows = [
+        set_row(name, place.files.data, split, *sizes)
+        for (name, split), sizes in uses.items()
+        if name.partition(':')[0] not in embedded
+    ]
+    return pd.DataFrame(rows, columns=list(_ROW))
+
 # %% ../../nbs/6_paper/02_preflight.ipynb #ee3008a3
 def list_files(
     table: str,  # id
@@ -652,7 +723,10 @@ def _file_rows(table: str, scale: Scale, methods: tuple, place: Place, exact: bo
     least = max(table_at(table, scale).shots or scale.shots) + scale.n_query
     files = place.files
     rows = [weight_row(name, files.weights, text and name in MODELS) for name in weights]
-    return rows + [data_row(name, files.data, least, exact, place.store) for name in sets]
+    published = [name for name in sets if name in PAPER_SETS]
+    rows += [data_row(name, files.data, least, exact, place.store) for name in published]
+    others = check_sets(table, scale, place)
+    return rows + others[~others['what'].isin(published)].to_dict('records')
 
 
 def _time_row(row: pd.Series, device: str) -> dict:
