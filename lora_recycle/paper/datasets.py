@@ -579,7 +579,8 @@ def _open_folder(name: str, data_dir) -> FileSet:
     try:
         data = read_folders(Path(data_dir).expanduser() / name, name)
     except FileNotFoundError as err:
-        raise FileNotFoundError(f'set={name!r}: {err} Known names: {", ".join(KNOWN_SETS)}.') from err
+        known = ', '.join(KNOWN_SETS)
+        raise FileNotFoundError(f'set={name!r}: {err} Known names: {known}.') from err
     except ValueError as err:
         where = 'A set is named by its path below data_dir, as in PACS/photo.'
         raise ValueError(f'set={name!r}: {err}\n{where}') from err
@@ -622,7 +623,7 @@ def _hold(data: FileSet, side: int) -> ImageSet:
         del _HELD[next(iter(_HELD))]
     return replace(on_disk(data, side), images=_HELD[key])
 
-# %% ../../nbs/6_paper/00_datasets.ipynb #e537d04f
+# %% ../../nbs/6_paper/00_datasets.ipynb #928040db
 def find_set(
     name: str,  # of `KNOWN_SETS`, or a folder below `data_dir`; 'name:split': all for one split
     data_dir=None,  # below which sets lie; None: embedded sets only
@@ -648,7 +649,7 @@ def open_set(
     data = find_set(name, data_dir, per_class)
     return data if isinstance(data, ImageSet) else _hold(data, check_int('side', side, 1))
 
-# %% ../../nbs/6_paper/00_datasets.ipynb #e365d7d9
+# %% ../../nbs/6_paper/00_datasets.ipynb #cc876d7c
 def fetch_set(
     name: str,  # of `KNOWN_SETS`
     data_dir,  # the folder below which it is put
@@ -667,7 +668,7 @@ def fetch_set(
             f'{data_dir}.'
         )
 
-# %% ../../nbs/6_paper/00_datasets.ipynb #c32d2986
+# %% ../../nbs/6_paper/00_datasets.ipynb #288dbc50
 def fetch_absent(
     names: Sequence,  # see `find_set`
     data_dir,  # below which sets lie, or are put

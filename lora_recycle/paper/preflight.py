@@ -636,7 +636,7 @@ def add_time(
         hours.append(sum(row[kind] * each.get(kind, 0.0) for kind in kinds) / 3600)
     return plan.assign(hours_here=hours)
 
-# %% ../../nbs/6_paper/02_preflight.ipynb #670ac9e4
+# %% ../../nbs/6_paper/02_preflight.ipynb #e982323f
 def _find_set_fault(data, name: str, split: str, n_classes: int, least: int) -> str:
     "Why the set cannot serve, with a remedy; '' if it can."
     counts = torch.bincount(data.labels, minlength=len(data.classes))
@@ -654,7 +654,7 @@ def _find_set_fault(data, name: str, split: str, n_classes: int, least: int) -> 
         )
     return ''
 
-
+# %% ../../nbs/6_paper/02_preflight.ipynb #3a359ccb
 def set_row(
     name: str,  # see `datasets.find_set`
     root: str,  # below which it lies
@@ -676,7 +676,7 @@ def set_row(
         row['remedy'] = str(err)
     return row | dict(fits=not row['remedy'])
 
-# %% ../../nbs/6_paper/02_preflight.ipynb #4ccfde26
+# %% ../../nbs/6_paper/02_preflight.ipynb #904709a5
 def _held_least(config) -> int:
     "The fewest images of a class of which a LoRA can be tuned on some and tried on others."
     return next(n for n in range(2, 10**6) if 0 < round(n * config.train_share) < n)

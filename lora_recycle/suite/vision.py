@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VISION_SETS', 'find_vision_set', 'download_vision_set']
 
-# %% ../../nbs/3_suite/07_vision.ipynb #e6ae8d4d
+# %% ../../nbs/3_suite/07_vision.ipynb #35d3e7f1
 import os
 import warnings
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from ..core import check_choice
 from .folders import FileSet
 from .images import deal_classes
 
-# %% ../../nbs/3_suite/07_vision.ipynb #234a23cc
+# %% ../../nbs/3_suite/07_vision.ipynb #18c14ccf
 @dataclass(frozen=True)
 class _Layout:
     "How torchvision's class of a set is asked, and where it keeps what it has found."
@@ -45,7 +45,7 @@ _LAYOUTS = dict(
 )
 VISION_SETS = tuple(_LAYOUTS)
 
-# %% ../../nbs/3_suite/07_vision.ipynb #bea558a2
+# %% ../../nbs/3_suite/07_vision.ipynb #8f4e2354
 _PCAM_ROWS = 500  # of each class of a split
 
 
@@ -79,7 +79,7 @@ def _read_part(name: str, part) -> tuple:
         images = _as_pixels(images)
     return images, [part.classes[int(c)] for c in labels]
 
-# %% ../../nbs/3_suite/07_vision.ipynb #eb613481
+# %% ../../nbs/3_suite/07_vision.ipynb #7218eedf
 def _sets():
     "Of torchvision, which is slow to import and seldom needed."
     from torchvision import datasets
@@ -96,7 +96,8 @@ def _open_parts(name: str, root: Path) -> list:
             parts.append(_read_part(name, getattr(_sets(), name)(root, **how)))
         except (RuntimeError, OSError, ImportError) as err:
             word = ' '.join(f'{k}={v!r}' for k, v in how.items())
-            reasons.append(f'{word}: {err}'.replace('. You can use download=True to download it', ''))
+            why = str(err).replace('. You can use download=True to download it', '')
+            reasons.append(f'{word}: {why}')
     if not parts:
         raise FileNotFoundError(
             f'{name} is not below data_dir={str(root)!r} as torchvision leaves it '
@@ -107,7 +108,7 @@ def _open_parts(name: str, root: Path) -> list:
         warnings.warn(f'{name}: read without {"; ".join(reasons)}', stacklevel=4)
     return parts
 
-# %% ../../nbs/3_suite/07_vision.ipynb #bef881f3
+# %% ../../nbs/3_suite/07_vision.ipynb #b12525b3
 def _join_images(parts: list, root: Path):
     "Images of all splits: pixels [n,h,w,3], or paths below `root`."
     if isinstance(parts[0][0], np.ndarray):
@@ -130,7 +131,7 @@ def find_vision_set(
     splits = deal_classes(len(classes), name)
     return FileSet(name, _join_images(parts, root), labels, classes, splits, str(root))
 
-# %% ../../nbs/3_suite/07_vision.ipynb #c46bdf03
+# %% ../../nbs/3_suite/07_vision.ipynb #51e4cd91
 def download_vision_set(
     name: str,  # of torchvision.datasets, such as 'DTD'
     data_dir,  # the folder below which it is put
