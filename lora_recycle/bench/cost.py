@@ -50,6 +50,7 @@ class ViTShape:
     heads: int
     out_dim: int  # of the projected feature
     mlp_ratio: float = 4.0  # hidden width of the MLP / width
+    lead: int = 1  # tokens before the patches: [CLS] and registers
 
     def __post_init__(self):
         for name in ('side', 'patch', 'width', 'layers', 'heads', 'out_dim'):
@@ -59,7 +60,7 @@ class ViTShape:
 
     @property
     def n_patches(self) -> int:
-        "Patches of one image, [CLS] not counted."
+        "Patches of one image; [CLS] and registers are not counted."
         return (self.side // self.patch) ** 2
 
     @property
@@ -94,7 +95,8 @@ def shape_of(
     hidden = len(backbone.weights['transformer.resblocks.0.mlp.c_fc.weight'])
     side = rows * backbone.patch
     sizes = (side, backbone.patch, backbone.width, backbone.layers, backbone.heads)
-    return ViTShape(backbone.name, *sizes, backbone.out_dim, hidden / backbone.width)
+    ratio = hidden / backbone.width
+    return ViTShape(backbone.name, *sizes, backbone.out_dim, ratio, backbone.lead)
 
 # %% ../../nbs/5_bench/02_cost.ipynb #d00e6a3c
 def _weight_sizes(shape: ViTShape) -> dict:
@@ -106,6 +108,8 @@ def _weight_sizes(shape: ViTShape) -> dict:
         'proj': (D, shape.out_dim),
         'conv1.weight': (D, 3, shape.patch, shape.patch),
     }
+    if shape.lead > 1:
+        sizes['registers'] = (shape.lead - 1, D)
     for layer in range(shape.layers):
         at = f'transformer.resblocks.{layer}.'
         sizes |= {
@@ -156,7 +160,7 @@ def tokens_per_layer(
     shape: ViTShape,  # of the transformer
     plan: dict | None = None,  # {layer: ratio}, layers from 0
     n_in: int | None = None,  # patches that enter layer 0; None: all
-) -> list:  # for each layer (tokens in attention, tokens in MLP), [CLS] included
+) -> list:  # for each layer (tokens in attention, tokens in MLP), `lead` included
     "Tokens that each half of each layer works on."
     n = shape.n_patches if n_in is None else check_int('n_in', n_in, 1, shape.n_patches)
     plan = check_plan(plan, shape.layers)
@@ -164,7 +168,7 @@ def tokens_per_layer(
     for layer in range(shape.layers):
         before = n
         n = n_kept_patches(n, plan.get(layer, 0))
-        tokens.append((before + 1, n + 1))
+        tokens.append((before + shape.lead, n + shape.lead))
     return tokens
 
 # %% ../../nbs/5_bench/02_cost.ipynb #66e5af7b
