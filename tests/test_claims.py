@@ -242,6 +242,14 @@ def test_the_page_and_the_picture_show_every_line(tmp_path):
     assert sum(lines.count(f'**{v.value}**') for v in Verdict) == len(judged) == n
     marks = '| In domain, recycling beats NN | Table 2 | 1-shot ✓ 5-shot ✓ | 1-shot ✗ 5-shot ✗ |'
     assert marks in page and '`smoke`' in page
+    assert 'photos' not in page
+    photos = judged.assign(verdict=judged['verdict'].replace({'fails': 'holds'}))
+    page = write_claims(judged, photos)
+    assert marks[:-1] + '| 1-shot ✓ 5-shot ✓ | 1-shot ✓ 5-shot ✓ |' in page
+    n = judged['difference'].notna().sum()
+    fails = (judged['verdict'] == 'fails').sum()
+    told = f'Of the {n} lines that glyphs have, too, {n - fails} have the same verdict and {fails}'
+    assert told in page
     drawn = [t.get_text() for ax in draw_claims(judged).axes for t in ax.get_yticklabels()]
     assert [t.rsplit('  (', 1)[0] for t in drawn] == list(dict.fromkeys(judged['claim']))
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'VERDICT_COLOURS', 'SECTIONS', 'SCALE_WORDS', 'count_verdicts', 'glance_claims', 'draw_claims',
-           'find_sections', 'write_claims', 'find_picture', 'map_places', 'list_stale', 'write_index']
+           'find_sections', 'compare_photos', 'write_claims', 'find_picture', 'map_places', 'list_stale', 'write_index']
 
 # %% ../../nbs/5_bench/10_index.ipynb #bbb1d407
 import os
@@ -43,19 +43,29 @@ def _mark(rows: pd.DataFrame) -> str:
         marks.append(shot + ('·' if pd.isna(r.difference) else MARKS[r.verdict]))
     return ' '.join(marks)
 
+# %% ../../nbs/5_bench/10_index.ipynb #e5e65e5e
+def _mark_both(part: pd.DataFrame) -> list[str]:
+    "The marks of a claim from zero and from the average."
+    return [_mark(part[part['start'].isin(starts)]) for starts in (['zero', ''], ['average'])]
+
 
 def glance_claims(
     judged: pd.DataFrame,  # see `claims.judge`
+    photos: pd.DataFrame | None = None,  # the same claims on photos; None: no columns for them
 ) -> str:  # markdown
-    "A line a claim, with a mark for each shot and start."
+    "A line a claim, with a mark for each shot and start, and beside them those on photos."
     lines = []
-    for claim, part in judged.groupby('claim', sort=False):
-        cells = [_mark(part[part['start'].isin(starts)]) for starts in (['zero', ''], ['average'])]
-        lines.append([claim, part['where'].iloc[0], *cells])
     head = ['claim', 'where', 'from zero', 'from the average']
+    head += [] if photos is None else ['photos, from zero', 'photos, from the average']
+    for claim, part in judged.groupby('claim', sort=False):
+        cells = _mark_both(part)
+        if photos is not None:
+            run = photos[(photos['claim'] == claim) & photos['difference'].notna()]
+            cells += _mark_both(run)
+        lines.append([claim, part['where'].iloc[0], *cells])
     key = ', '.join(f'{mark} {name}' for name, mark in MARKS.items())
     note = f'\n{key}, · no rows. Lines without our LoRA have no start.\n'
-    return write_markdown(head, lines, 4) + note
+    return write_markdown(head, lines, len(head)) + note
 
 # %% ../../nbs/5_bench/10_index.ipynb #b52f4ce3
 VERDICT_COLOURS = {'holds': '#009e73', 'fails': '#d55e00', 'open': '#8a8f98'}
@@ -202,9 +212,29 @@ def _write_lines(part: pd.DataFrame) -> str:
         lines.append([*words, *_write_figures(r), known(r.n_seeds)])
     return write_markdown(head, lines, 6)
 
+# %% ../../nbs/5_bench/10_index.ipynb #c5a36fcc
+def compare_photos(
+    judged: pd.DataFrame,  # see `claims.judge`
+    photos: pd.DataFrame | None,  # the same claims on photos
+) -> str:  # empty without photos
+    "On how many lines that both have rows for photos and glyphs agree, in words."
+    if photos is None or not photos['difference'].notna().any():
+        return ''
+    keys = ['claim', 'start', 'shot']
+    run = [frame[frame['difference'].notna()] for frame in (judged, photos)]
+    both = run[0].merge(run[1], on=keys, suffixes=('', '_photos'))
+    same = int((both['verdict'] == both['verdict_photos']).sum())
+    opposed = [{'holds', 'fails'} == {*pair} for pair in zip(both.verdict, both.verdict_photos)]
+    return (
+        f'On **photos** ({len(run[1])} lines, `results/photos`): {count_verdicts(run[1])}. Of the '
+        f'{len(both)} lines that glyphs have, too, {same} have the same verdict and '
+        f'{sum(opposed)} the opposite one.\n\n'
+    )
+
 # %% ../../nbs/5_bench/10_index.ipynb #4a8b69f2
 def write_claims(
     judged: pd.DataFrame,  # see `claims.judge`
+    photos: pd.DataFrame | None = None,  # the same claims on photos; None: there are none
 ) -> str:  # markdown
     "The page of all claims: counted, the picture, at a glance, then line by line."
     scales = [s for s in dict.fromkeys(judged['scale']) if s]
@@ -215,9 +245,9 @@ def write_claims(
         f'**{count_verdicts(judged)}**. Of what we claim ourselves ({OUR_FINDING}): '
         f'{count_verdicts(own)}.\n\n![all claims](claims.png)\n\n'
         f'{words[0].upper()}{words[1:]}. A verdict is about its scale. Nothing here was typed: '
-        '`nbs/claims.ipynb` makes it from the rows.\n\n'
-        f'{glance_claims(judged)}\nBelow, the *difference* is that of the pair that decides, task '
-        'by task, averaged over sets and seeds, with its 95 % interval over seeds and episodes; a '
+        f'`nbs/claims.ipynb` makes it from the rows.\n\n{compare_photos(judged, photos)}'
+        f'{glance_claims(judged, photos)}\nBelow, the *difference* is that of the pair that '
+        'decides, task by task, averaged over sets and seeds, with its 95 % interval over seeds and episodes; a '
         'claim holds if all its pairs lie above the threshold, interval included. Accuracies in '
         'points, costs as factors. *paper*: the same difference in the printed numbers (of '
         'several pairs the smallest).\n'
