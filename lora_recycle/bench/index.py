@@ -247,9 +247,9 @@ def write_claims(
         f'{words[0].upper()}{words[1:]}. A verdict is about its scale. Nothing here was typed: '
         f'`nbs/claims.ipynb` makes it from the rows.\n\n{compare_photos(judged, photos)}'
         f'{glance_claims(judged, photos)}\nBelow, the *difference* is that of the pair that '
-        'decides, task by task, averaged over sets and seeds, with its 95 % interval over seeds and episodes; a '
-        'claim holds if all its pairs lie above the threshold, interval included. Accuracies in '
-        'points, costs as factors. *paper*: the same difference in the printed numbers (of '
+        'decides, task by task, averaged over sets and seeds, with its 95 % interval over '
+        'seeds and episodes; a claim holds if all its pairs lie above the threshold, '
+        'interval included. Accuracies in points, costs as factors. *paper*: the same difference in the printed numbers (of '
         'several pairs the smallest).\n'
     )
     sections = find_sections(judged)
