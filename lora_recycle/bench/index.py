@@ -249,8 +249,8 @@ def write_claims(
         f'{glance_claims(judged, photos)}\nBelow, the *difference* is that of the pair that '
         'decides, task by task, averaged over sets and seeds, with its 95 % interval over '
         'seeds and episodes; a claim holds if all its pairs lie above the threshold, '
-        'interval included. Accuracies in points, costs as factors. *paper*: the same difference in the printed numbers (of '
-        'several pairs the smallest).\n'
+        'interval included. Accuracies in points, costs as factors. *paper*: the same difference '
+        'in the printed numbers (of several pairs the smallest).\n'
     )
     sections = find_sections(judged)
     for key, title in SECTIONS.items():
