@@ -210,7 +210,7 @@ def test_an_adapter_of_a_bare_vision_model(saved, tmp_path, x):
     torch.testing.assert_close(
         encode(backbone_from_hf(saved), x, lora).features, projected(adapted), atol=1e-5, rtol=0
     )
-    write_adapter(tmp_path / 'b', lora, 'tiny', prefix='')
+    write_adapter(tmp_path / 'b', lora, 'tiny', model='CLIPVisionModel')
     torch.testing.assert_close(
         projected(peft.PeftModel.from_pretrained(bare(), tmp_path / 'b').eval()),
         projected(adapted),
@@ -219,15 +219,22 @@ def test_an_adapter_of_a_bare_vision_model(saved, tmp_path, x):
     )
 
 
+class Scaled(torch.nn.Module):
+    "A tower with one more layer behind it."
+
+    def __init__(self):
+        super().__init__()
+        self.clip = tiny_model()
+        self.mix = torch.nn.Linear(10, 10)
+
+
 def test_other_modules_are_named_and_refused_or_left_out(tmp_path):
-    "The MLP is not read yet; what is left out is named."
-    every = ['q_proj', 'k_proj', 'v_proj', 'out_proj', 'fc1', 'fc2']
-    trained(tiny_model(), target_modules=every).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match='fc1.*allow_partial'):
+    trained(Scaled(), target_modules=['q_proj', 'fc1', 'mix']).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='mix.*allow_partial'):
         read_adapter(tmp_path, 3, 16)
     adapter = read_adapter(tmp_path, 3, 16, allow_partial=True)
-    assert len(adapter.used) == 12 and adapter.lora.targets == ('q', 'k', 'v', 'out')
-    assert {m.rsplit('.', 1)[1] for m in adapter.ignored} == {'fc1', 'fc2'}
+    assert len(adapter.used) == 6 and adapter.lora.targets == ('q', 'fc1')
+    assert adapter.ignored == ('mix',)
 
 
 def check_features(folder, adapted, backbone, x, wanted=None):
@@ -240,19 +247,22 @@ def check_features(folder, adapted, backbone, x, wanted=None):
     return adapter
 
 
-TARGETS = ['q', 'k', ('out',), 'qk', 'qkv', ('k', 'out'), ('q', 'v', 'out'), ('q', 'k', 'v', 'out')]
+TARGETS = ['q', 'k', ('out',), 'qk', 'qkv', ('q', 'k', 'v', 'out')]
+TARGETS += [('fc1',), ('fc2',), ('fc1', 'fc2'), ('v', 'fc2'), ('q', 'k', 'v', 'out', 'fc1', 'fc2')]
 
 
 @pytest.mark.parametrize('targets', TARGETS, ids=''.join)
-def test_any_products_of_attention(saved, tmp_path, x, targets):
-    patterns = dict(rank_pattern={'layers.1.self_attn.out_proj': 5, 'k_proj': 3})
-    names = [f'{t}_proj' for t in targets]
+def test_any_products_of_a_block(saved, tmp_path, x, targets):
+    ranks = {'layers.1.self_attn.out_proj': 5, 'k_proj': 3, 'layers.2.mlp.fc1': 1, 'fc2': 4}
+    patterns = dict(rank_pattern=ranks, alpha_pattern={'fc1': 5, 'layers.0.mlp.fc2': 9})
+    names = [t if t[:2] == 'fc' else f'{t}_proj' for t in targets]
     adapted = trained(tiny_model(), target_modules=names, lora_alpha=3, **patterns)
     adapted.save_pretrained(tmp_path / 'a')
     backbone = backbone_from_hf(saved)
     lora = check_features(tmp_path / 'a', adapted, backbone, x).lora
     assert lora.targets == (('q', 'v') if set(targets) <= {'q', 'v'} else tuple(targets))
-    write_adapter(tmp_path / 'b', lora, 'tiny')
+    model = ('CLIPVisionModelWithProjection', 16)
+    write_adapter(tmp_path / 'b', lora, 'tiny', model=model)
     again = peft.PeftModel.from_pretrained(tiny_model(), tmp_path / 'b').eval()
     torch.testing.assert_close(features(again, x), features(adapted, x), atol=1e-5, rtol=0)
 
@@ -261,12 +271,12 @@ def test_a_market_of_differing_targets(saved, tmp_path, x):
     "Zeros where one LoRA has nothing; each still gives peft's features, and so from our files."
     backbone = backbone_from_hf(saved)
     wanted = []
-    for i, targets in enumerate((['q_proj'], ['k_proj', 'out_proj'], ['v_proj', 'out_proj'])):
+    for i, targets in enumerate((['q_proj'], ['k_proj', 'out_proj'], ['v_proj', 'fc1'])):
         adapted = trained(tiny_model(), target_modules=targets, r=i + 1)
         adapted.save_pretrained(tmp_path / 'market' / f'{i}')
         wanted.append(features(adapted, x))
     market, report = read_market(tmp_path / 'market', backbone, head='drop')
-    assert market.targets == ('q', 'k', 'v', 'out') and report[1].targets == ('k', 'out')
+    assert market.targets == ('q', 'k', 'v', 'out', 'fc1') and report[1].targets == ('k', 'out')
     write_market(tmp_path / 'ours', market, backbone)
     again, _ = read_market(tmp_path / 'ours', backbone, head='drop')
     for i in range(3):
@@ -379,7 +389,7 @@ def test_the_text_tower_of_a_whole_clip_is_named(tmp_path):
     whole = lambda: transformers.CLIPModel(config).eval()
     only_text = r'.*text_model.*\.q_proj'
     trained(whole(), target_modules=only_text).save_pretrained(tmp_path / 'text')
-    with pytest.raises(ValueError, match='no q, k, v or out.*text_model.*text tower'):
+    with pytest.raises(ValueError, match='no q, k, v or out, fc1.*text_model.*text tower'):
         read_adapter(tmp_path / 'text', 3, 16)
     trained(whole()).save_pretrained(tmp_path / 'both')
     with pytest.raises(ValueError, match='text_model.*allow_partial'):

@@ -729,9 +729,10 @@ def _report(chain: Chain, held: Chain, teacher_accuracy: Tensor, notes: list[str
     "What a meta-LoRA was made from."
     market = chain.source.market.lora
     size = dict(loras=market.size, rank=market.rank, classes=market.W.shape[2])
+    width = chain.backbone.width
     return dict(
         market=dict(digest=digest(pack_lora(market)), **size),
-        backbone=dict(name=chain.backbone.name, digest=chain.backbone.digest),
+        backbone=dict(name=chain.backbone.name, digest=chain.backbone.digest, width=width),
         seed=chain.seed,
         shot=chain.settings.distill.shot,
         invert=plain(chain.settings.invert),
@@ -870,7 +871,8 @@ def save_meta_lora(
 
     def fill(path):
         "The files, meta.json last."
-        write_adapter(path, recycled.lora, base, made)
+        model = 'CLIPVisionModelWithProjection'
+        write_adapter(path, recycled.lora, base, made, model=(model, report['backbone']['width']))
         card = (path / 'README.md').read_text(encoding='utf-8').rstrip()
         write_text(path / 'README.md', card + '\n' + _USE)
         write_json(path / _META, meta | dict(files={f: _record(path / f) for f in _CHECKED}))
