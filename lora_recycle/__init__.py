@@ -10,6 +10,8 @@ _DOOR = {
     'load_set': 'suite.images.load_set',
     'read_market': 'use.exchange.read_market',
     'average': 'method.lora.average_products',
+    'merge': 'rivals.merge.merge',
+    'advise': 'use.advice.advise',
     'recycle': 'use.classifier.recycle',
     'FewShotClassifier': 'use.classifier.FewShotClassifier',
 }

@@ -33,10 +33,9 @@ from lora_recycle.use.classifier import (
     recycle,
     recycled_figure,
     save_meta_lora,
-    Trial,
-    synthetic_scores,
 )
 from lora_recycle.core import digest, generator, save_tensors
+from lora_recycle.use.advice import Trial, synthetic_scores
 from lora_recycle.use.calibration import squared_distances
 from lora_recycle.use.inputs import image_tensor
 from lora_recycle.method.distill import DistillConfig
@@ -650,6 +649,7 @@ def test_recycled_parts_fit(backbone, recycled):
         'average of the LoRAs',
         'meta-LoRA',
     ]
+    assert r.report['advice'].startswith('Take the ')
     assert json.loads(json.dumps(r.report)) == r.report
     assert len(recycled_figure(r).axes) == 3
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'CHECKED', 'check_lora', 'PrototypeClassifier', 'new_folder', 'FewShotClassifier', 'inversion_terms',
-           'check_market', 'Trial', 'synthetic_scores', 'RecycleResult', 'RecycleOptions', 'recycle', 'recycled_figure',
-           'save_meta_lora', 'load_meta_lora']
+           'check_market', 'RecycleResult', 'RecycleOptions', 'recycle', 'recycled_figure', 'save_meta_lora',
+           'load_meta_lora']
 
 # %% ../../nbs/2_use/01_classifier.ipynb #c1a55001
 import hashlib
@@ -50,10 +50,8 @@ from ..method.distill import DistillConfig
 from ..method.inversion import InvertConfig, Priors
 from ..method.lora import average_products
 from ..method.market import Market
-from ..suite.episodes import draw_episodes
-from ..suite.evaluate import interval, nearest_prototype, right_answers
-from ..suite.images import ImageSet
 from ..suite.miniature import load_miniature, load_prior, load_token_stats
+from .advice import AVERAGE, PLAIN, Trial, pick_lora, synthetic_scores
 
 # %% ../../nbs/2_use/01_classifier.ipynb #fb4cb38f
 def check_lora(
@@ -611,47 +609,6 @@ def check_market(
         raise ValueError('the market holds NaN or infinity')
     return lora
 
-# %% ../../nbs/2_use/01_classifier.ipynb #63b653e2
-@dataclass(frozen=True)
-class Trial:
-    "Few-shot episodes of synthetic images: how many, and of which size."
-
-    way: int = 5
-    shot: int = 1
-    n_tasks: int = 200
-    seed: int = 0
-
-
-def _synthetic_set(images: Tensor) -> ImageSet:
-    "Images uint8 [M,way,n,3,H,W] as a set of M*way classes, all for testing."
-    M, ways, n = images.shape[:3]
-    labels = torch.arange(M * ways).repeat_interleave(n)
-    names = tuple(map(str, range(M * ways)))
-    splits = dict(train=(), val=(), test=tuple(range(M * ways)))
-    return ImageSet('held-out inverted images', images.flatten(0, 2), labels, names, splits)
-
-# %% ../../nbs/2_use/01_classifier.ipynb #4e5b3329
-def synthetic_scores(
-    backbone: Backbone,  # frozen
-    loras: dict,  # name -> LoRA, or None for the plain backbone
-    images: Tensor,  # uint8 [M,way,n,3,H,W], n > shot
-    trial: Trial = Trial(),  # size and number of the episodes
-) -> list[dict]:  # method, set, way, shot, n_tasks, accuracy and ci95 in percent
-    "Accuracy of nearest prototype with each LoRA, on the same episodes."
-    data = _synthetic_set(images)
-    n_query = images.shape[2] - check_int('shot', trial.shot, 1, images.shape[2] - 1)
-    size = (trial.n_tasks, trial.way, trial.shot, n_query)
-    episodes = draw_episodes(data, 'test', *size, trial.seed)
-    scores = []
-    for name, lora in loras.items():
-        lora = lora and lora.map(lambda t: t.to(backbone.device))
-        guess = nearest_prototype(embed(backbone, data.images, lora), episodes)
-        mean, half = interval(100 * right_answers(guess) / (trial.way * n_query))
-        same = dict(method=name, set=data.name, way=trial.way, shot=trial.shot)
-        numbers = dict(accuracy=round(mean, 2), ci95=round(half, 2))
-        scores.append(dict(same, n_tasks=trial.n_tasks, **numbers))
-    return scores
-
 # %% ../../nbs/2_use/01_classifier.ipynb #4b811517
 @dataclass(frozen=True)
 class RecycleResult:
@@ -765,12 +722,13 @@ def recycle(
     compute([chain, held], jobs, 'recycle')
     meta = chain.meta(recipe, shot)
     average = average_products(replace(market, W=None, b=None))
-    loras = {'plain backbone': None, 'average of the LoRAs': average, 'meta-LoRA': meta.lora}
+    loras = {PLAIN: None, AVERAGE: average, 'meta-LoRA': meta.lora}
     trial = Trial(settings.distill.way, shot, options.n_tasks, seed)
     rest = held.images(recipe).images
     inverted = chain.images(recipe)
     report = _report(chain, held, inverted.accuracy, notes)
     report['scores'] = synthetic_scores(backbone, loras, rest, trial)
+    report['advice'] = pick_lora(report['scores'])[1]
     return RecycleResult(meta.lora, inverted.images, rest, meta.curve, report)
 
 # %% ../../nbs/2_use/01_classifier.ipynb #72751a05
