@@ -25,10 +25,12 @@ from lora_recycle.method import backbone as bb
 from lora_recycle.method import chain, distill, inversion, lora, market
 from lora_recycle.method.chain import Chain, Recipe, Tuned, compute
 from lora_recycle.rivals.cmi import CmiConfig, invert_cmi
-from lora_recycle.rivals.finetune import HubConfig, TuneConfig, lora_of, tune_lora
+from lora_recycle.rivals.finetune import HubConfig, TuneConfig, tune_lora
+from lora_recycle.rivals.merge import MERGES, merge
 from lora_recycle.suite.episodes import draw_episodes
 from lora_recycle.suite.images import ImageSet
 from lora_recycle.suite.miniature import load_prior
+from lora_recycle.use import advice
 from lora_recycle.use.classifier import recycle
 
 SHAPE = cost.ViTShape('miniature', 36, 6, 32, 2, 2, 128)
@@ -119,6 +121,7 @@ KINDS = (
     *('zero-shot', 'tip-adapter', 'recycle', 'recycle-average', 'recycle-mask75-random'),
     *('recycle-smi', 'recycle-plan-1x75', 'recycle-backbone', 'recycle-plain-distillation'),
     *('average-text', 'mole-text', 'recycle-text', 'lorahub-text', 'pmf'),
+    *('average-cut', 'merge-ties-cut'),
 )
 
 
@@ -211,17 +214,23 @@ def call_rest(there):
     stats = torch.ones(2, 2, whole[0].shape[1], 32, device=META)
     inversion.token_prior(whole, stats)
     inversion.random_view(x, replace(TINY.chain.invert, affine=1.0), generator(0))
-    wide = lora.widen_targets(lora.pad_rank(loras, 6), lora.TARGETS)
+    wide = lora.widen_targets(lora.pad_rank(loras, 6), lora.TARGETS, 96)
     lora.stack_loras([wide[0], wide[1]])
     distill.pool_logits(distill.Embedder(far, loras), there.pool())
-    lora_of(dict(A=loras.A[0], B=loras.B[0]))
     few = replace(TINY.chain.invert, steps=1, alpha_bn=0.0, per_class=2)
     invert_cmi(far, loras, CmiConfig(few, batch=1), generator(0))
-    recycle(
+    recycled = recycle(
         far,
         there.market(),
         **dict(settings=TINY.chain, held_out=2, n_tasks=2, executor=Executor('here')),
     )
+    moved = loras.map(lambda t: t + 0.01)  # one step leaves B at zero
+    for how in MERGES:
+        assert merge(moved, how, gen=generator(0)).A.device == far.device
+    judge = make_set('x', '', 36, 0)
+    rest = dict(hows=('ties',), recycled=recycled, trial=advice.Trial(n_tasks=2))
+    advice.advise(there.market(), far, judge.images, judge.labels, **rest)
+    advice.rate_advice(recycled.report['scores'], {advice.AVERAGE: 1.0})
 
 
 def test_every_public_function_runs_on_a_device_that_is_not_the_cpu(world):

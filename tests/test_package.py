@@ -40,7 +40,7 @@ BENCH = {
     'seaborn': 'seaborn',
     'nevergrad': 'nevergrad',
 }
-DOOR = ('LoRA', 'load_backbone', 'load_set', 'read_market', 'average', 'recycle')
+DOOR = ('LoRA', 'load_backbone', 'load_set', 'read_market', 'average', 'merge', 'advise', 'recycle')
 DOOR += ('FewShotClassifier',)
 FOR_DEVELOPERS = {
     'nbdev',
