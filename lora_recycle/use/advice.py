@@ -150,7 +150,6 @@ class AdviceOptions:
     hows: tuple = ('ties', 'knots-ties', 'tsv-m')  # merges that are tried, see `merge.MERGES`
     grid: MergeGrid = MergeGrid()  # of their scales and densities
     trial: Trial = Trial()  # of the comparison
-    settings: object = None  # of `recycle`, which is then run; None: it is not
 
 
 @dataclass(frozen=True)
@@ -168,13 +167,6 @@ class Advice:
         return self.loras[self.best]
 
 # %% ../../nbs/2_use/01_advice.ipynb #df4a9b31
-def _recycle():
-    "The function that recycles; it stands above this module."
-    from lora_recycle.use.classifier import recycle
-
-    return recycle
-
-
 def _find_images(images, labels, recycled, side: int) -> ImageSet:
     "What to judge by."
     if labels is not None:
@@ -182,8 +174,8 @@ def _find_images(images, labels, recycled, side: int) -> ImageSet:
     held = getattr(recycled, 'held', None) if images is None else images
     if held is None:
         raise ValueError(
-            'there is nothing to judge by: give images and labels, or what `recycle` returned as '
-            "recycled, or settings='embedded' to recycle now"
+            'there is nothing to judge by: give a few images and labels, or '
+            'recycled=recycle(backbone, market), whose held-out images serve'
         )
     if not isinstance(held, Tensor) or held.ndim != 6:
         raise ValueError(
@@ -211,9 +203,6 @@ def advise(
     "Average, merge or recycle: what to do with these LoRAs, by few-shot tasks."
     options = AdviceOptions(**options)
     market = getattr(market, 'lora', market)
-    if recycled is None and options.settings is not None:
-        trial = options.trial
-        recycled = _recycle()(backbone, market, options.settings, trial.shot, trial.seed)
     data = _find_images(images, labels, recycled, backbone.side)
     seed = options.trial.seed + 1  # the choice of a scale has tasks of its own
     episodes = _draw_tasks(data, replace(options.trial, n_tasks=options.grid.n_tasks, seed=seed))
