@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from torchvision.models import resnet50
 
 from lora_recycle.bench.claims import claims_of, judge
 from lora_recycle.bench.cost import ViTShape
-from lora_recycle.bench.methods import SCALES
+from lora_recycle.bench.methods import SCALES, stretch_scale
 from lora_recycle.bench.report import write_page
 from lora_recycle.bench.results import write_episodes, write_rows
 from lora_recycle.bench.runs import SeedRun
@@ -32,25 +33,30 @@ from lora_recycle.bench.tables import (
     Scene,
     chosen_methods,
     make_table,
+    own_scale,
     table_at,
     table_columns,
 )
 from lora_recycle.core import Cache
 from lora_recycle.jobs import Executor
-from lora_recycle.method.chain import Files, Recipe
+from lora_recycle.method.chain import Chain, Files, Recipe, Tuned
 from lora_recycle.paper import models
+from lora_recycle.paper import preflight as module
 from lora_recycle.paper.preflight import (
+    Rehearsal,
     bytes_an_image,
-    calibrate,
     data_row,
     disk_row,
     list_work,
+    memory_rows,
     plan_of,
     preflight,
     refuse,
+    rehearse,
     weight_row,
 )
 from lora_recycle.rivals.finetune import HubConfig, TuneConfig
+from lora_recycle.suite.miniature import load_miniature
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = SCALES['paper']
@@ -118,8 +124,9 @@ def tiny_weights(tmp_path_factory):
 
 @pytest.fixture
 def small(sets, tiny_weights, monkeypatch):
-    "Tiny sets and tiny models in their places"
+    "Tiny sets and tiny models in their places; nothing is rehearsed unless a test says so"
     layouts.trust(sets, monkeypatch)
+    monkeypatch.setattr(module, 'rehearse', lambda to: dict.fromkeys(module.STAGES, 1.0))
     shrink_models(monkeypatch)
     return Files(str(sets), str(tiny_weights))
 
@@ -214,7 +221,7 @@ def remedies(files, tmp_path, table='in_domain', scale=ALONE, exact=False):
     "What the preflight says of a run that must not start, and that nothing was computed"
     cache = Cache(tmp_path / 'cache')
     names = chosen_methods(table, 'nn|recycle', scale)
-    checks = preflight(table, scale, names, Place(cache, files=files), exact=exact)
+    checks = preflight(table, scale, names, Place(cache, files=files), exact, seconds=0.1)
     assert {kind for kind, *_ in cache.log} <= {'decoded'}
     with pytest.raises(ValueError) as err:
         refuse(checks)
@@ -222,10 +229,12 @@ def remedies(files, tmp_path, table='in_domain', scale=ALONE, exact=False):
 
 
 @pytest.mark.parametrize('table', ['cross_domain', 'backbones'])
-def test_all_right_is_not_refused(small, tmp_path, table):
+def test_all_right_is_not_refused(small, tmp_path, monkeypatch, table):
+    if table == 'cross_domain':
+        monkeypatch.setattr(module, 'rehearse', rehearse)
     names = chosen_methods(table, 'nn|recycle', FEW)
     place = Place(Cache(tmp_path / 'cache'), files=small)
-    checks = preflight(table, FEW, names, place, exact=False)
+    checks = preflight(table, FEW, names, place, exact=False, seconds=0.1)
     refuse(checks)
     assert set(checks['kind']) == {'weights', 'data', 'disk', 'memory', 'time'}
     assert checks['fits'].all()
@@ -345,7 +354,89 @@ def test_memory_is_what_autograd_keeps():
     )  # of the last layer, which is for [CLS] alone, little is kept
     one, deep = bytes_an_image(shape), bytes_an_image(replace(shape, layers=8))
     assert one['prior'] == deep['prior'] and 1.8 < deep['frozen'] / one['frozen'] < 2.1
-    assert set(calibrate(shape, prior=False)) == {'forward', 'frozen', 'full'}
+
+
+# ---- the first hour
+
+HOUR = SCALES['hour']
+SHORT = alter(
+    replace(
+        HOUR,
+        **dict(n_query=1, shots=(1,), n_tasks=3),
+        machine=replace(HOUR.machine, executor=Executor('here')),
+    ),
+    market=dict(n_loras=2, steps=1, batch=2),
+    invert=dict(steps=4, per_class=2, plan=((1, 0.75),)),
+    distill=dict(steps=1, n_query=1, tasks=1, cycle=2, warmup=1),
+)
+
+
+def test_the_first_hour_runs_from_files_to_the_table(small, tmp_path):
+    "Counts shrunk; the plan, bfloat16 and every row are those of the hour"
+    names = 'nn|average|average-factors|recycle|recycle-average'
+    place = Place(Cache(tmp_path / 'cache'), files=small)
+    methods = chosen_methods('in_domain', names, SHORT)
+    checks = preflight('in_domain', SHORT, methods, place, exact=False, seconds=0.1)
+    refuse(checks)
+    assert checks.iloc[-1]['need'] == '60 min' and 'of the paper' in checks.iloc[-1]['have']
+    found = make('in_domain', SHORT, place, names, tmp_path / 'a')
+    cells = found.frame[found.frame['metric'] == 'accuracy']
+    assert cells['method'].tolist() == list(methods)
+    assert set(cells['dataset']) == {'cifar_fs'} and set(cells['scale']) == {'hour'}
+    plan = plan_of('in_domain', SHORT, methods).set_index('stage')['jobs']
+    kinds = dict(tuning='market', inversion='inverted')
+    kinds |= {'meta-training': 'meta', 'testing': 'answers'}
+    made = {stage: count(place.store.log, kind) for stage, kind in kinds.items()}
+    assert made == plan.to_dict()
+
+
+def test_the_hour_fits_where_it_is_meant_to():
+    "By operations at 30 x 10^12 a second, and by memory"
+    methods = chosen_methods('in_domain', 'quick', HOUR)
+    assert plan_of('in_domain', HOUR, methods, tflops=30.0)['hours'].sum() < 1
+    kept = {'ViT-B-16': dict(forward=1.1e7, frozen=9.2e7, full=1.2e8, prior=8.6e7)}
+    for row in memory_rows(list_work('in_domain', HOUR, methods), 'cpu', kept):
+        assert float(row['need'].split()[0]) < 40
+    four = stretch_scale(HOUR, 4.0)
+    both = [plan_of('in_domain', s, methods)['hours'].sum() for s in (HOUR, four)]
+    assert 3 < both[1] / both[0] < 5
+    with pytest.raises(ValueError, match="hours=4 cannot be used with scale 'embedded'"):
+        stretch_scale(SCALES['embedded'], 4)
+    small = own_scale('hour', backbone='ViT-B-32')
+    assert table_at('in_domain', small).backbones == ('ViT-B-32',)
+    assert table_at('in_domain', small).columns == ((('cifar_fs',), 'cifar_fs'),)
+
+
+def test_who_is_too_slow_for_the_hour_is_told_before(small, tmp_path, monkeypatch):
+    slow = dict.fromkeys(('tuning', 'inversion', 'meta-training', 'testing'), 1e9)
+    monkeypatch.setattr(module, 'rehearse', lambda to: slow)
+    place = Place(Cache(tmp_path), files=small)
+    checks = preflight('in_domain', SHORT, ('nn', 'recycle'), place, exact=False)
+    with pytest.raises(ValueError, match='time, all stages: Take a faster GPU.*-p hours'):
+        refuse(checks)
+
+
+@pytest.mark.parametrize('stage', ['inversion', 'meta-training'])
+def test_the_estimate_of_a_stage_is_what_it_takes(stage):
+    "Within a quarter, in time of this process, on the miniature"
+    base = SCALES['smoke']
+    scale = alter(
+        replace(base, shots=(1,), machine=replace(base.machine, tune_chunk=0)),
+        market=dict(n_loras=2, steps=24, batch=10),
+        invert=dict(steps=16, per_class=4),
+        distill=dict(steps=40, mix=1.0, n_query=2, tasks=1, cycle=40),
+    )
+    backbone = load_miniature()
+    to = Rehearsal('miniature', backbone, scale, scale.machine, 5.0, time.process_time)
+    plan = plan_of('data', scale, ('recycle',), scale.machine).set_index('stage')
+    expected = rehearse(to, (stage,))[stage] * plan['pflop'][stage]
+    chain = Chain(backbone, Tuned(('cyrillic',)), scale.chain, machine=to.machine)
+    chain.data  # drawn before
+    run = dict(tuning=chain.market, inversion=chain.images, **{'meta-training': chain.meta})
+    for name in list(run)[: list(run).index(stage) + 1]:
+        start = time.process_time()
+        run[name]()
+    assert 0.75 < expected / (time.process_time() - start) < 1.25
 
 
 # ---- the real model

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['SCALES', 'ROLES', 'NEEDS', 'HALVES', 'PMF_RATE', 'LORAS', 'IMAGES', 'ALL_STAGES', 'NAMES', 'REAL', 'MERGED', 'GRID',
            'PAPER_RATE', 'BOUNDS', 'TEXT_RIVALS', 'RIVALS', 'MINIATURE_PLANS', 'MARKET_SIZES', 'FROM_AVERAGE', 'MASKS',
-           'OURS', 'METHODS', 'Scale', 'Exam', 'Tuning', 'Method', 'list_needs', 'read_features', 'predict_nn',
-           'choose_layers', 'fit_recipe', 'predict_recycled', 'predict_average', 'plan_merge', 'predict_merged',
-           'predict_cut', 'load_caml', 'predict_caml', 'predict_probe', 'predict_simple', 'predict_names',
-           'predict_tip', 'Lesson', 'load_pmf', 'choose_validated', 'predict_tuned', 'predict_hub', 'name_chain',
-           'predict_by_text', 'make_merges', 'make_pair', 'make_named_pair', 'describe_methods', 'Cell', 'answer_cell']
+           'OURS', 'METHODS', 'Scale', 'stretch_scale', 'Exam', 'Tuning', 'Method', 'list_needs', 'read_features',
+           'predict_nn', 'choose_layers', 'fit_recipe', 'predict_recycled', 'predict_average', 'plan_merge',
+           'predict_merged', 'predict_cut', 'load_caml', 'predict_caml', 'predict_probe', 'predict_simple',
+           'predict_names', 'predict_tip', 'Lesson', 'load_pmf', 'choose_validated', 'predict_tuned', 'predict_hub',
+           'name_chain', 'predict_by_text', 'make_merges', 'make_pair', 'make_named_pair', 'describe_methods', 'Cell',
+           'answer_cell']
 
 # %% ../../nbs/5_bench/03_methods.ipynb #ac1b8ebd
 from dataclasses import dataclass, replace
@@ -90,6 +91,7 @@ class Scale:
     machine: Machine = Machine()  # unless a run says otherwise
     columns: tuple = ()  # of one's own sets, see `tables.choose_columns`; (): those of the table
     backbone: str = ''  # in place of those of the table
+    hours: float = 0.0  # that its tables are meant to take on one GPU; 0: not said
 
     @property
     def name(self) -> str:
@@ -122,6 +124,41 @@ SCALES = {
         machine=Machine(chunk=1, rounds=4, tune_chunk=1),
     ),
 }
+
+# %% ../../nbs/5_bench/03_methods.ipynb #5a297a94
+SCALES['hour'] = Scale(
+    SETTINGS['hour'],
+    suite='paper',
+    columns=((('cifar_fs',), 'cifar_fs'),),
+    hours=1.0,
+    machine=Machine('bfloat16', chunk=2, tune_chunk=1),
+)
+
+# %% ../../nbs/5_bench/03_methods.ipynb #d5ce8c7e
+def stretch_scale(
+    scale: Scale,  # with `hours`
+    hours: float,  # that are there, above 0
+) -> Scale:  # of the same name
+    "The scale for another number of hours."
+    if not (scale.hours and hours > 0):
+        raise ValueError(
+            f'hours={hours!r} cannot be used with scale {scale.name!r}; give a number above 0 '
+            f'and one of {[name for name, s in SCALES.items() if s.hours]}'
+        )
+    more = hours / scale.hours
+    s = scale.chain
+    steps = max(1, min(2000, round(s.invert.steps * more)))
+    left = max(1.0, s.invert.steps * more / steps)
+    n_loras = max(s.market.n_loras, min(100, round(s.market.n_loras * left)))
+    learn = max(1, round(s.distill.steps * more))
+    warmup = min(s.distill.warmup, learn - 1)
+    chain = replace(
+        s,
+        market=replace(s.market, n_loras=n_loras),
+        invert=replace(s.invert, steps=steps),
+        distill=replace(s.distill, steps=learn, cycle=learn, warmup=warmup),
+    )
+    return replace(scale, chain=chain, hours=float(hours))
 
 # %% ../../nbs/5_bench/03_methods.ipynb #5421c6f0
 @dataclass(frozen=True)

@@ -228,7 +228,7 @@ def choose_cost_size(
 ) -> CostSize:
     "On what costs are measured at `scale`: on a GPU as in the paper."
     big = device != 'cpu' and scale.name != 'smoke'
-    return PAPER_COST if big else COST_SIZES[scale.name]
+    return PAPER_COST if big else COST_SIZES.get(scale.name, COST_SIZES['embedded'])
 
 
 def price_table(
@@ -862,7 +862,8 @@ def own_scale(
     chain = replace(scale.chain, market=replace(scale.chain.market, n_loras=n_loras))
     if chain.per_class:
         chain = replace(chain, per_class=max(chain.per_class, max(shots) + scale.n_query))
-    return replace(scale, chain=chain, columns=columns, backbone=backbone, shots=shots)
+    changes = dict(chain=chain, shots=shots, columns=columns or scale.columns)
+    return replace(scale, **changes, backbone=backbone or scale.backbone)
 
 # %% ../../nbs/5_bench/04_tables.ipynb #a0c0e0be
 @dataclass(frozen=True)

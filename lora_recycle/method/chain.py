@@ -183,6 +183,20 @@ _QUICK = dict(
     distill=replace(_PHOTOS['distill'], steps=80, cycle=80),
 )
 
+# %% ../../nbs/1_method/05_chain.ipynb #0bf571c4
+_HOUR = dict(
+    market=MarketConfig(n_loras=25),
+    invert=replace(
+        _PHOTOS['invert'],
+        steps=500,
+        bn_every=2,
+        flip=True,
+        smooth_start=14,
+        plan=((3, 0.75),),
+    ),
+    distill=DistillConfig(steps=1000, tasks=4, n_query=3, cycle=1000, warmup=50),
+)
+
 # %% ../../nbs/1_method/05_chain.ipynb #de7c533a
 SETTINGS = {
     'smoke': Settings(
@@ -209,6 +223,7 @@ SETTINGS = {
         prior='resnet50',
         on_disk=True,
     ),
+    'hour': Settings('hour', **_HOUR, prior='resnet50', on_disk=True),
 }
 
 # %% ../../nbs/1_method/05_chain.ipynb #940fcc60

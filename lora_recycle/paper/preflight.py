@@ -5,14 +5,17 @@
 # %% auto #0
 __all__ = ['STAGES', 'PASSES', 'Work', 'n_weights', 'list_work', 'count_operations', 'plan_of', 'count_kept_bytes',
            'bytes_an_image', 'memory_gb', 'free_memory_gb', 'memory_rows', 'disk_row', 'weight_row', 'data_row',
-           'calibrate', 'add_time', 'set_row', 'check_sets', 'list_files', 'preflight', 'refuse']
+           'Rehearsal', 'rehearse', 'add_time', 'estimate', 'set_row', 'check_sets', 'list_files', 'preflight',
+           'refuse']
 
 # %% ../../nbs/6_paper/02_preflight.ipynb #bdd5bff1
+import math
 import shutil
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -29,16 +32,26 @@ from lora_recycle.bench.cost import (
     random_prior,
     tokens_per_layer,
 )
-from ..bench.methods import METHODS, Method, Scale, fit_recipe, list_needs
+from ..bench.methods import METHODS, SCALES, Method, Scale, fit_recipe, list_needs
 from ..bench.tables import TABLES, Place, table_at
 from ..core import Cache, check_choice, generator
+from ..jobs import Executor
 
 # %% ../../nbs/6_paper/02_preflight.ipynb #b76d8dc0
-from ..method.backbone import encode
-from ..method.chain import Machine, Recipe, Settings, apply_recipe, weights_file
+from ..method.backbone import Backbone, encode
+from lora_recycle.method.chain import (
+    Chain,
+    Given,
+    Machine,
+    Recipe,
+    Settings,
+    apply_recipe,
+    weights_file,
+)
 from ..method.distill import worth_caching_teachers
-from ..method.inversion import count_alive
-from ..method.lora import new_lora
+from ..method.inversion import Priors, count_alive
+from ..method.lora import LoRA, new_lora
+from ..method.market import tune_market
 from .datasets import check_set, find_set
 from lora_recycle.paper.models import (
     MODELS,
@@ -47,8 +60,10 @@ from lora_recycle.paper.models import (
     read_checkpoint,
     stem_flops_g,
 )
+from ..suite.evaluate import embed
 from ..suite.folders import FileSet, check_images
-from ..suite.images import CROSS_DOMAIN, IN_DOMAIN, PAPER_SETS, SPLITS, class_splits
+from ..suite.images import CROSS_DOMAIN, IN_DOMAIN, PAPER_SETS, SPLITS
+from ..suite.images import ImageSet, class_splits
 from ..suite.reading import list_few
 
 # %% ../../nbs/6_paper/02_preflight.ipynb #af184022
@@ -67,6 +82,7 @@ class Work:
     at_once: int = 0  # the most images with a gradient
     looked_at: int = 0  # the most images without
     copies: int = 1  # of the backbone's weights that are held
+    pool: float = 0.0  # GB of images that stay on the device
 
 
 STAGES = ('tuning', 'inversion', 'meta-training', 'testing')
@@ -202,6 +218,7 @@ def _meta(case: _Case, method: Method, shot: int) -> dict:
     kept = _lora_gb(case.shape, d.rank) + 16e-9 * d.steps
     gb = n_weights(case.shape) * 4e-9 if whole else kept
     work = dict(jobs=1, forward=forward, gb=gb, at_once=round(task * max(1, ratio)))
+    work['pool'] = case.pool * 3 * case.shape.side**2 / 1e9
     work['full' if whole else 'frozen'] = d.steps * task * ratio
     return work | dict(copies=4 if whole else 1)
 
@@ -409,7 +426,7 @@ def memory_gb(
     each = kept[kind] + (kept.get('prior', 0) if work.prior else 0)
     images = max(work.at_once * each, work.looked_at * kept['forward'])
     weights = 4 * work.copies * n_weights(find_shape(work.backbone))
-    return 1.1 * (images + weights + (1e8 if work.prior else 0)) / 1e9 + 0.5
+    return 1.1 * (images + weights + (1e8 if work.prior else 0)) / 1e9 + 0.5 + work.pool
 
 
 def free_memory_gb(
@@ -573,68 +590,187 @@ def data_row(
     return row | dict(fits=not row['remedy'])
 
 # %% ../../nbs/6_paper/02_preflight.ipynb #832d308e
-def _seconds(function: Callable, device: str, repeats: int) -> float:
-    "Median seconds of `function()` after one call that is not counted, if there are several."
-    found = []
-    for _ in range(repeats + (repeats > 1)):
-        start = time.perf_counter()
-        function()
-        if torch.device(device).type == 'cuda':
-            torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - start)
-    return sorted(found[repeats > 1 :])[repeats // 2]
+_LEAST = dict(tasks=1, loras=1, n=1, way=2)  # counts that a batch is the product of
 
 
-def _go_back(model: Callable, images: Tensor):
-    "Through a frozen model and back to the images."
-    x = images.clone().requires_grad_()
-    return torch.autograd.grad(model(x).sum(), x)
+def _shrink(counts: dict[str, int], most: int) -> dict[str, int]:
+    "Counts whose product is at most `most` if that can be; the first ones are lowered first."
+    counts = dict(counts)
+    for name in counts:
+        others = math.prod(counts.values()) // counts[name]
+        counts[name] = max(_LEAST[name], min(counts[name], most // others))
+    return counts
 
 
-def _make_passes(shape: ViTShape, device: str, batch: int) -> dict[str, Callable]:
-    "A function for each of `PASSES`, and for the 'prior', on images of zeros."
-    backbone = random_backbone(shape, generator(0)).to(device)
-    x = torch.zeros(batch, 3, shape.side, shape.side, device=device)
-    weights = {k: t.clone().requires_grad_() for k, t in backbone.weights.items()}
-    learner = replace(backbone, weights=weights)
-    learn = lambda: encode(learner, x).features.sum()
-    net = random_prior().to(device)
-    return dict(
-        forward=torch.no_grad()(lambda: encode(backbone, x)),
-        frozen=lambda: _go_back(lambda v: encode(backbone, v).features, x),
-        full=lambda: torch.autograd.grad(learn(), list(weights.values()), allow_unused=True),
-        prior=lambda: _go_back(net, x),
-    )
+def _time_steps(run: Callable, seconds: float, clock: Callable) -> tuple[float, int]:
+    "Seconds that `run(1 + n)` takes more than `run(1)`, and n, a multiple of 4."
+
+    def take(steps: int) -> float:
+        "What a run takes."
+        start = clock()
+        run(steps)
+        return clock() - start
+
+    take(1)  # libraries are loaded, kernels chosen
+    one = take(1)
+    n = 4 * max(1, min(5, int((seconds - 2 * one) / (4 * one))))
+    return take(1 + n) - one, n
+
+# %% ../../nbs/6_paper/02_preflight.ipynb #56a439eb
+@dataclass(frozen=True)
+class Rehearsal:
+    "On what a table's stages are tried before it starts."
+
+    name: str  # of the backbone
+    backbone: Backbone  # on the device
+    scale: Scale
+    machine: Machine
+    seconds: float = 60.0  # for all stages, about
+    clock: Callable = time.perf_counter  # () -> seconds
+
+    @cached_property
+    def most(self) -> int:
+        "Images of a batch for which a step is quick enough."
+        gen = generator(0, 'rehearsal')
+        size = (2, 3, self.backbone.side, self.backbone.side)
+        images = torch.randint(256, size, generator=gen, dtype=torch.uint8)
+        embed(self.backbone, images)
+        start = self.clock()
+        embed(self.backbone, images)
+        one = (self.clock() - start) / 2
+        return max(2, int(self.seconds / len(STAGES) / 7 / (4 * one)))
+
+    def case(self, settings: Settings) -> _Case:
+        "For the counts of operations."
+        return _Case(self.scale, settings, self.machine, find_shape(self.name))
+
+# %% ../../nbs/6_paper/02_preflight.ipynb #3a0d0358
+def _draw_market(to: Rehearsal, n: int, way: int) -> LoRA:
+    "Random LoRAs with heads."
+    gen = generator(0, 'rehearsal', 'market')
+    backbone = to.backbone
+    rank = max(to.scale.chain.market.ranks)
+    lora = new_lora(backbone.layers, backbone.width, rank, gen, n=n)
+    W = torch.randn(n, backbone.out_dim, way, generator=gen) / backbone.out_dim**0.5
+    return replace(lora, W=W, b=torch.zeros(n, way))
+
+
+def _chain_of(to: Rehearsal, settings: Settings, loras: LoRA) -> Chain:
+    "A chain on random LoRAs, with a store of its own."
+    priors = None
+    if settings.prior == 'resnet50':
+        priors = Priors(random_prior() if settings.invert.alpha_bn else None)
+    machine = replace(to.machine, chunk=loras.size, rounds=1, executor=Executor('here'))
+    return Chain(to.backbone, Given(loras, priors), settings, machine=machine)
+
+# %% ../../nbs/6_paper/02_preflight.ipynb #e143b101
+def _try_tuning(to: Rehearsal) -> tuple[Callable, Callable]:
+    "A run of some steps of tuning, and its operations."
+    config = to.scale.chain.market
+    loras = min(to.machine.tune_chunk or config.n_loras, config.n_loras)
+    fit = _shrink(dict(loras=loras, n=config.batch), to.most)
+    config = replace(config, n_loras=fit['loras'], batch=fit['n'], train_share=0.5)
+    gen = generator(0, 'rehearsal', 'tuning')
+    size = (2 * config.way, 3, to.backbone.side, to.backbone.side)
+    images = torch.randint(256, size, generator=gen, dtype=torch.uint8)
+    labels = torch.arange(config.way).repeat_interleave(2)
+    splits = dict(train=tuple(range(config.way)), val=(), test=())
+    names = tuple(f'class {c}' for c in range(config.way))
+    data = ImageSet('noise', images, labels, names, splits)
+    run = lambda steps: tune_market(to.backbone, data, replace(config, steps=steps))
+    frozen = config.n_loras * config.batch
+    return run, lambda steps: Work('tuning', to.name, 0, frozen=steps * frozen)
+
+# %% ../../nbs/6_paper/02_preflight.ipynb #bc278d29
+def _try_inversion(to: Rehearsal) -> tuple[Callable, Callable]:
+    "A run of some steps of inversion, and its operations."
+    s = to.scale.chain
+    loras = min(to.machine.chunk, s.market.n_loras)
+    per_class = s.invert.per_class // to.machine.rounds
+    fit = _shrink(dict(loras=loras, n=per_class, way=s.market.way), to.most)
+    market = replace(s.market, n_loras=fit['loras'], way=fit['way'])
+    given = _draw_market(to, fit['loras'], fit['way'])
+
+    def small(steps: int) -> Settings:
+        "The settings of a run."
+        return replace(s, market=market, invert=replace(s.invert, per_class=fit['n'], steps=steps))
+
+    run = lambda steps: _chain_of(to, small(steps), given).images()
+    count = lambda steps: _inverting(replace(to.case(small(steps)), machine=Machine()), given.size)
+    return run, lambda steps: Work('inversion', to.name, **count(steps))
+
+# %% ../../nbs/6_paper/02_preflight.ipynb #443886c5
+def _try_meta(to: Rehearsal) -> tuple[Callable, Callable]:
+    "A run of some mixed steps of meta-training on noise, and its operations."
+    s = to.scale.chain
+    d = s.distill
+    shot = max(1, max(to.scale.shots))
+    fit = _shrink(dict(tasks=d.tasks, n=shot + d.n_query, way=d.way), to.most)
+    shot = min(shot, max(1, fit['n'] - 1))
+    how = dict(tasks=fit['tasks'], way=fit['way'], mix=1.0, n_query=max(1, fit['n'] - shot))
+    market = replace(s.market, n_loras=1, way=fit['way'])
+    invert = replace(s.invert, per_class=shot + how['n_query'])
+    given = _draw_market(to, 1, fit['way'])
+
+    def small(steps: int) -> Settings:
+        "The settings of a run."
+        learn = replace(d, **how, steps=steps, shot=shot)
+        return replace(s, market=market, invert=invert, distill=learn)
+
+    run = lambda steps: _chain_of(to, small(steps), given).meta(Recipe(pool='noise'), shot)
+    count = lambda steps: _meta(to.case(small(steps)), METHODS['recycle'], shot)
+    return run, lambda steps: Work('meta-training', to.name, **count(steps))
+
+# %% ../../nbs/6_paper/02_preflight.ipynb #a399a1b9
+def _try_testing(to: Rehearsal) -> tuple[Callable, Callable]:
+    "A run that embeds some batches, and its operations."
+    n = min(256, to.most)
+    images = torch.zeros(n, 3, to.backbone.side, to.backbone.side, dtype=torch.uint8)
+    run = lambda times: [embed(to.backbone, images) for _ in range(times)]
+    return run, lambda times: Work('testing', to.name, 0, forward=times * n)
 
 # %% ../../nbs/6_paper/02_preflight.ipynb #832d308f
-def calibrate(
-    shape: ViTShape,  # of the transformer
-    device: str = 'cpu',  # where the work will be done
-    batch: int = 0,  # images at a time; 0: 1 on a CPU, 25 on a GPU
-    repeats: int = 0,  # of which the median is taken; 0: 1 and 3
-    prior: bool = True,  # time the network of R_BN too
-) -> dict[str, float]:
-    "Seconds an image takes in each of `PASSES` and in the 'prior'."
-    gpu = torch.device(device).type == 'cuda'
-    batch = batch or (25 if gpu else 1)
-    repeats = repeats or (3 if gpu else 1)
-    passes = _make_passes(shape, device, batch)
-    if not prior:
-        del passes['prior']
-    return {kind: _seconds(function, device, repeats) / batch for kind, function in passes.items()}
+_TRIES = dict(zip(STAGES, (_try_tuning, _try_inversion, _try_meta, _try_testing)))
 
 
+def rehearse(
+    to: Rehearsal,  # backbone, scale, machine, and how long it may take
+    stages: tuple = STAGES,  # which of them
+) -> dict[str, float]:  # stage -> seconds that 10^15 operations take
+    "The pace of each stage on this device."
+    pace = {}
+    for stage in stages:
+        run, count = _TRIES[check_choice('stage', stage, STAGES)](to)
+        seconds, n = _time_steps(run, to.seconds / len(STAGES), to.clock)
+        done = count_operations(count(1 + n)) - count_operations(count(1))
+        pace[stage] = max(seconds, 1e-9) / done
+    return pace
+
+# %% ../../nbs/6_paper/02_preflight.ipynb #c16a6088
 def add_time(
     plan: pd.DataFrame,  # of `plan_of`
-    speed: dict[str, dict],  # `calibrate` of each backbone
+    pace: dict[str, dict],  # `rehearse` of each backbone
 ) -> pd.DataFrame:
     "The plan with `hours_here`."
-    kinds = (*PASSES, 'prior')
-    hours = []
-    for _, row in plan.iterrows():
-        each = speed[row['backbone']]
-        hours.append(sum(row[kind] * each.get(kind, 0.0) for kind in kinds) / 3600)
-    return plan.assign(hours_here=hours)
+    pairs = zip(plan['backbone'], plan['stage'], plan['pflop'])
+    return plan.assign(hours_here=[n * pace[b][stage] / 3600 for b, stage, n in pairs])
+
+
+def estimate(
+    table: str,  # id
+    scale: Scale,  # all sizes
+    methods: tuple,  # ids
+    place: Place,  # device and machine
+    seconds: float = 60.0,  # that the rehearsal of a backbone may take, about
+) -> pd.DataFrame:  # of `plan_of`, with hours_here
+    "The plan of a table with the hours that it will take here, all work of it."
+    machine = place.machine or scale.machine
+    pace = {}
+    for name in table_at(table, scale).backbones:
+        weights = 'random' if scale.chain.on_disk else None
+        backbone = load_backbone(name, weights, place.device)
+        pace[name] = rehearse(Rehearsal(name, backbone, scale, machine, seconds))
+    return add_time(plan_of(table, scale, methods, machine), pace)
 
 # %% ../../nbs/6_paper/02_preflight.ipynb #e982323f
 def _find_set_fault(data, name: str, split: str, n_classes: int, least: int) -> str:
@@ -728,13 +864,39 @@ def _file_rows(table: str, scale: Scale, methods: tuple, place: Place, exact: bo
     others = check_sets(table, scale, place)
     return rows + others[~others['what'].isin(published)].to_dict('records')
 
+# %% ../../nbs/6_paper/02_preflight.ipynb #bba72e97
+def _time_rows(plan: pd.DataFrame, scale: Scale, large: pd.DataFrame, device: str) -> list[dict]:
+    "How long each stage and all of them take, beside the paper's own sizes."
+    rows = []
+    for (_, row), (_, other) in zip(plan.iterrows(), large.iterrows()):
+        need = f'{row["jobs"]} jobs, {row["pflop"]:.1f} x 10^15 operations'
+        have = f'{60 * row["hours_here"]:.0f} min on {device}; '
+        have += f'{other["hours_here"]:.1f} h at the scale of the paper'
+        what = f'{row["stage"]}, {row["backbone"]}'
+        rows.append(_ROW | dict(kind='time', what=what, need=need, have=have))
+    hours = plan['hours_here'].sum()
+    row = _ROW | dict(kind='time', what='all stages', have=f'{60 * hours:.0f} min on {device}')
+    row['need'] = f'{60 * scale.hours:.0f} min' if scale.hours else 'not said'
+    row['have'] += f'; {large["hours_here"].sum():.0f} h at the scale of the paper'
+    if scale.hours and hours > 1.25 * scale.hours:  # the estimate may be a quarter off
+        row['fits'] = False
+        less = 0.9 * scale.hours**2 / hours
+        row['remedy'] = f'Take a faster GPU, or sizes that take as long here: -p hours {less:.2g}'
+    return [*rows, row]
 
-def _time_row(row: pd.Series, device: str) -> dict:
-    "How long a stage will take."
-    need = f'{row["jobs"]} jobs, {row["pflop"]:.1f} x 10^15 operations'
-    have = f'{row["hours_here"]:.2f} h on {device}'
-    what = f'{row["stage"]}, {row["backbone"]}'
-    return _ROW | dict(kind='time', what=what, need=need, have=have)
+# %% ../../nbs/6_paper/02_preflight.ipynb #b38f9bd4
+def _time_both(
+    table: str, scale: Scale, methods: tuple, place: Place, seconds: float
+) -> list[dict]:
+    "Rows of time: the plan of this scale and, at the same pace, that of the paper's sizes."
+    timed = estimate(table, scale, methods, place, seconds)
+    paces = timed['hours_here'] / timed['pflop']
+    pace = {}
+    for name, stage, value in zip(timed['backbone'], timed['stage'], paces):
+        pace.setdefault(name, {})[stage] = 3600 * value
+    paper = replace(SCALES['paper'], columns=scale.columns, backbone=scale.backbone)
+    large = add_time(plan_of(table, paper, methods), pace)
+    return _time_rows(timed, scale, large, place.device)
 
 # %% ../../nbs/6_paper/02_preflight.ipynb #ee3008a4
 def preflight(
@@ -743,6 +905,7 @@ def preflight(
     methods: tuple,  # ids
     place: Place,  # store, device, files, machine
     exact: bool = True,  # image counts must be the published ones
+    seconds: float = 60.0,  # that the rehearsal of a backbone may take, about
 ) -> pd.DataFrame:  # columns kind, what, need, have, fits, remedy
     "One row a check of a run: weights, data, disk, memory, time."
     if not scale.chain.on_disk:
@@ -752,11 +915,9 @@ def preflight(
     found = list_work(table, scale, methods, place.machine)
     shapes = {name: find_shape(name) for name in table_at(table, scale).backbones}
     kept = {name: bytes_an_image(shape) for name, shape in shapes.items()}
-    speed = {name: calibrate(shape, place.device) for name, shape in shapes.items()}
-    timed = add_time(plan_of(table, scale, methods, place.machine), speed)
     rows = _file_rows(table, scale, methods, place, exact)
     rows += [disk_row(found, place.store.folder), *memory_rows(found, place.device, kept)]
-    return pd.DataFrame(rows + [_time_row(row, place.device) for _, row in timed.iterrows()])
+    return pd.DataFrame(rows + _time_both(table, scale, methods, place, seconds))
 
 
 def refuse(
