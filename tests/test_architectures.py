@@ -28,17 +28,20 @@ WIDTH, LAYERS, HEADS = 48, 3, 3
 CLASSES = {
     'DINOv2-S': ('Dinov2', 'vit_small_patch14_dinov2'),
     'DINOv2-S-reg': ('Dinov2WithRegisters', 'vit_small_patch14_reg4_dinov2'),
+    'SigLIP-B-16': ('SiglipVision', 'vit_base_patch16_siglip_224'),
+    'DINOv3-S': ('DINOv3ViT', 'vit_small_patch16_dinov3'),
 }
-TINY = dict(side=28, width=WIDTH, layers=LAYERS, heads=HEADS, out_dim=WIDTH)
+SIZES = dict(width=WIDTH, layers=LAYERS, heads=HEADS, out_dim=WIDTH)
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    "The models with few narrow layers, for images of 28 pixels, from positions for 42"
+    "The models with few narrow layers, for images of 2 x 2 patches, from positions for 3 x 3"
     for name in CLASSES:
         model = MODELS[name]
-        shape = replace(model.shape, **TINY)
-        monkeypatch.setitem(MODELS, name, replace(model, shape=shape, grid=model.grid and 42))
+        patch = model.shape.patch
+        shape = replace(model.shape, side=2 * patch, **SIZES)
+        monkeypatch.setitem(MODELS, name, replace(model, shape=shape, grid=3 * patch))
 
 
 def fill(module, seed=0):
@@ -52,20 +55,35 @@ def fill(module, seed=0):
 def of_transformers(name, **config):
     "A small model of the class in transformers"
     kind = CLASSES[name][0]
+    patch = MODELS[name].shape.patch
     sizes = dict(hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS)
-    sizes |= dict(image_size=42, patch_size=MODELS[name].shape.patch)
+    sizes |= dict(image_size=3 * patch, patch_size=patch)
+    if not kind.startswith('Dinov2'):
+        sizes['intermediate_size'] = 4 * WIDTH
+    if kind == 'DINOv3ViT':
+        sizes['num_register_tokens'] = 4
     made = getattr(transformers, f'{kind}Config')(**sizes | config)
     return fill(getattr(transformers, f'{kind}Model')(made))
 
 
-def of_timm(name):
-    "The same in timm"
-    sizes = dict(embed_dim=WIDTH, depth=LAYERS, num_heads=HEADS)
-    return fill(timm.create_model(CLASSES[name][1], img_size=42, dynamic_img_size=True, **sizes))
+def of_timm(named, patch):
+    "A small model of timm"
+    sizes = dict(embed_dim=WIDTH, depth=LAYERS, num_heads=HEADS, img_size=3 * patch)
+    return fill(timm.create_model(named, dynamic_img_size=True, **sizes))
 
 
 def images(n=2, side=28):
     return torch.randn(n, 3, side, side, generator=generator(0, 'architectures', side))
+
+
+def images_for(name, n=2):
+    return images(n, MODELS[name].shape.side)
+
+
+def asked(module, x):
+    "Features of images by a module of transformers"
+    more = dict(interpolate_pos_encoding=True) if 'Siglip' in type(module).__name__ else {}
+    return module(pixel_values=x, **more).pooler_output
 
 
 def file_of(name, library, folder):
@@ -73,17 +91,27 @@ def file_of(name, library, folder):
     if library == 'transformers':
         module = of_transformers(name)
         module.save_pretrained(folder)
-        return folder, lambda x: module(pixel_values=x).pooler_output
-    module = of_timm(name)
+        return folder, lambda x: asked(module, x)
+    named = CLASSES[name][1] + '_qkvb' * (library == 'timm, qkvb')
+    module = of_timm(named, MODELS[name].shape.patch)
     save_tensors(folder / 'a.safetensors', module.state_dict())
+    if 'dinov3' in named:  # it would take the mean of the patches
+        return folder / 'a.safetensors', lambda x: module.forward_features(x)[:, 0]
     return folder / 'a.safetensors', module
 
 
 # ---- numerics
 
 
-@pytest.mark.parametrize('library', ['transformers', 'timm'])
-@pytest.mark.parametrize('name', CLASSES)
+@pytest.mark.parametrize(
+    'name, library',
+    [
+        (name, layout.library)
+        for name in CLASSES
+        for layout in LAYOUTS[MODELS[name].layout]
+        if layout.library != 'the authors'  # their code is no package
+    ],
+)
 @torch.no_grad()
 def test_encode_equals_the_library_at_every_size(name, library, tmp_path):
     weights, forward = file_of(name, library, tmp_path)
@@ -93,7 +121,8 @@ def test_encode_equals_the_library_at_every_size(name, library, tmp_path):
         theirs = forward(x)
         assert (encode(backbone, x).features - theirs).abs().max() < 1e-5 < theirs.std()
         assert (backbone.side, shape_of(backbone).side) == (side, side)
-    assert load_backbone(name, weights).side == 28
+    assert load_backbone(name, weights).side == 2 * patch
+    assert shape_of(backbone).lead == MODELS[name].shape.lead == backbone.lead
 
 
 @torch.no_grad()
@@ -116,31 +145,74 @@ def test_the_authors_resize_positions_by_a_scale_that_is_off():
             assert (timms - ours).abs().max() > 1e-2
 
 
-def pieces_of_transformers(name):
-    "Embedding, layers and last norm of a small model, and the backbone of the same weights"
-    module = of_transformers(name, attn_implementation='eager')
-    backbone = backbone_from_weights(name, module.state_dict())
-    return module, module.encoder.layer, module.layernorm, backbone
+class Pieces:
+    "The steps of a module of transformers, whatever they are called there"
+
+    def __init__(self, module):
+        self.module = module
+        kind = type(module).__name__
+        self.pooled = 'Siglip' in kind
+        self.turned = 'DINOv3' in kind
+        inner = module.model if self.turned else module.encoder
+        self.layers = inner.layers if self.pooled else inner.layer
+
+    def start(self, x):
+        more = dict(interpolate_pos_encoding=True) if self.pooled else {}
+        return self.module.embeddings(x, **more)
+
+    def attend(self, layer, h, x, kept):
+        "What attention adds, and its weights; `kept` are the patches among h"
+        if self.pooled:
+            return layer.self_attn(layer.layer_norm1(h), None)
+        more = {}
+        if self.turned:
+            more['position_embeddings'] = [t[kept][:, None] for t in self.module.rope_embeddings(x)]
+        mixed, weights = layer.attention(layer.norm1(h), **more)
+        return layer.layer_scale1(mixed), weights
+
+    def think(self, layer, h):
+        "What the perceptron adds"
+        if self.pooled:
+            return layer.mlp(layer.layer_norm2(h))
+        return layer.layer_scale2(layer.mlp(layer.norm2(h)))
+
+    def end(self, h):
+        if self.pooled:
+            return self.module.head(self.module.post_layernorm(h))
+        return (self.module.norm if self.turned else self.module.layernorm)(h)[:, 0]
+
+    def product(self, layer, target):
+        "The linear map that a LoRA on `target` changes"
+        attention = layer.self_attn if self.pooled else layer.attention
+        if target == 'out':
+            return attention.out_proj if self.pooled else attention.o_proj
+        if target in 'qkv':
+            return getattr(attention, f'{target}_proj')
+        named = dict(fc1='up_proj', fc2='down_proj') if self.turned else dict(fc1='fc1', fc2='fc2')
+        return getattr(layer.mlp, named[target])
 
 
 @pytest.mark.parametrize('name', CLASSES)
 @torch.no_grad()
 def test_sparse_and_pruned_tokens_equal_the_library_with_fewer_tokens(name):
-    module, layers, norm, backbone = pieces_of_transformers(name)
-    lead, x = backbone.lead, images()
+    pieces = Pieces(of_transformers(name, attn_implementation='eager'))
+    backbone = backbone_from_weights(name, pieces.module.state_dict())
+    lead, x = backbone.lead, images_for(name)
     keep, stay = torch.tensor([[0, 2, 3], [1, 2, 3]]), torch.tensor([[0, 2], [1, 2]])
-    front = torch.arange(lead).expand(2, -1)
-    pick = lambda h, at: h.gather(
-        1, torch.cat([front, at + lead], 1)[..., None].expand(-1, -1, WIDTH)
-    )
-    h = pick(module.embeddings(x), keep)
-    seen = []
-    for i, layer in enumerate(layers):
-        mixed, weights = layer.attention(layer.norm1(h))
-        h = h + layer.layer_scale1(mixed)
-        seen.append(weights[:, :, 0, lead:].mean(1))
-        h = pick(h, stay) if i == 1 else h
-        h = h + layer.layer_scale2(layer.mlp(layer.norm2(h)))
+
+    def pick(h, at):
+        "[CLS], registers and the patches `at` of tokens"
+        index = torch.cat([torch.arange(lead).expand(2, -1), at + lead], 1)
+        return h.gather(1, index[..., None].expand(-1, -1, WIDTH))
+
+    h, kept, seen = pick(pieces.start(x), keep), keep, []
+    for i, layer in enumerate(pieces.layers):
+        added, weights = pieces.attend(layer, h, x, kept)
+        h = h + added
+        readers = weights[:, :, :1] if lead else weights
+        seen.append(readers[..., lead:].mean((1, 2)))
+        h, kept = (pick(h, stay), kept.gather(1, stay)) if i == 1 else (h, kept)
+        h = h + pieces.think(layer, h)
     scores = []
 
     def select(found, ratio):
@@ -149,9 +221,9 @@ def test_sparse_and_pruned_tokens_equal_the_library_with_fewer_tokens(name):
         return stay
 
     out = encode(backbone, x, plan={1: 0.4}, keep=keep, select=select)
-    assert (out.features - norm(h)[:, 0]).abs().max() < 1e-5
-    assert (scores[0] - seen[1]).abs().max() < 1e-6
-    assert torch.equal(out.kept, keep.gather(1, stay))
+    theirs = pieces.end(h)
+    assert (out.features - theirs).abs().max() < 1e-5 * max(1, theirs.std())
+    assert (scores[0] - seen[1]).abs().max() < 1e-6 and torch.equal(out.kept, kept)
     full = encode_tokens(backbone, x, plan={1: 0.4}, keep=keep, select=select)
     assert [t.shape[1] - lead for t in full.tokens] == [3, 2, 2]
     assert (full.features - out.features).abs().max() < 1e-5
@@ -161,29 +233,29 @@ def test_sparse_and_pruned_tokens_equal_the_library_with_fewer_tokens(name):
 @torch.no_grad()
 def test_a_lora_equals_changed_weights_of_the_library(name):
     "Beside LayerScale too: what a LoRA on `out` adds is scaled with the rest"
-    module = of_transformers(name)
+    pieces = Pieces(of_transformers(name))
+    module = pieces.module
     backbone = backbone_from_weights(name, module.state_dict())
-    names = ('q', 'k', 'v', 'out')
-    lora = new_lora(LAYERS, WIDTH, 4, generator(0), targets=names)
-    lora = replace(lora, B=0.3 * torch.randn(lora.B.shape, generator=generator(1)))
-    x = images()
+    lora = new_lora(LAYERS, backbone.widths, 4, generator(0), targets=TARGETS)
+    lora = replace(lora, B=0.05 * torch.randn(lora.B.shape, generator=generator(1)))
+    x = images_for(name)
+    if pieces.pooled:  # asked at the size of its positions, 3 x 3 patches
+        backbone = backbone_from_weights(name, module.state_dict(), 48)
+        x = images(side=48)
     before = encode(backbone, x).features
-    for i, layer in enumerate(layers_of(module)):
-        for place, target in enumerate(names):
-            product = getattr(layer.attention, f'{target[0]}_proj')
-            product.weight.data += (lora.A[i, place] @ lora.B[i, place]).T
-    theirs = module(pixel_values=x).pooler_output
-    assert (encode(backbone, x, lora).features - theirs).abs().max() < 2e-5
-    assert (before - theirs).abs().max() > 1e-2
-
-
-def layers_of(module):
-    return module.encoder.layer
+    for i, layer in enumerate(pieces.layers):
+        for place, target in enumerate(TARGETS):
+            W = pieces.product(layer, target).weight.data
+            W += (lora.A[i, place] @ lora.B[i, place]).T[: W.shape[0], : W.shape[1]]
+    theirs = asked(module, x)
+    size = max(1, theirs.std())
+    assert (encode(backbone, x, lora).features - theirs).abs().max() < 1e-5 * size
+    assert (before - theirs).abs().max() > 1e-2 * size
 
 
 @pytest.mark.parametrize('name', CLASSES)
 def test_a_market_prunes_and_images_have_gradients(name):
-    backbone, x = load_backbone(name, 'random'), images(4).requires_grad_()
+    backbone, x = load_backbone(name, 'random'), images_for(name, 4).requires_grad_()
     fresh = new_lora(LAYERS, WIDTH, 4, generator(0), n=2)
     lora = replace(fresh, B=torch.randn(fresh.B.shape, generator=generator(1)))
     out = encode(backbone, x, lora, plan={0: 0.5, 1: 0.5})
@@ -217,13 +289,16 @@ def test_missing_unknown_and_misshapen_keys_are_named_in_every_layout(name):
                 assert said in str(err.value)
 
 
-REAL = {
+REAL = {  # width, layers, heads; in timm
     'DINOv2-S': (384, 12, 6),
     'DINOv2-B': (768, 12, 12),
     'DINOv2-L': (1024, 24, 16),
     'DINOv2-S-reg': (384, 12, 6),
     'DINOv2-B-reg': (768, 12, 12),
     'DINOv2-L-reg': (1024, 24, 16),
+    'SigLIP-B-16': (768, 12, 12),
+    'DINOv3-S': (384, 12, 6),
+    'DINOv3-B': (768, 12, 12),
 }
 
 
@@ -232,28 +307,26 @@ def test_real_sizes_are_those_of_the_libraries(name, monkeypatch):
     monkeypatch.undo()
     width, layers, heads = REAL[name]
     model, size = MODELS[name], name.split('-')[1]
-    kind, _ = CLASSES[name.replace(f'-{size}', '-S')]
-    config = getattr(transformers, f'{kind}Config')(
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        image_size=model.grid,
-        patch_size=model.shape.patch,
-    )
+    small = name if name in CLASSES else name.replace(f'-{size}', '-S')
+    kind, named = CLASSES[small]
+    word = dict(S='small', B='base', L='large')[size]
+    named = named.replace('small', word)
+    sizes = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads)
+    sizes |= dict(image_size=model.grid or 224, patch_size=model.shape.patch)
+    sizes |= {} if kind.startswith('Dinov2') else dict(intermediate_size=4 * width)
+    sizes |= dict(num_register_tokens=4) if kind == 'DINOv3ViT' else {}
+    config = getattr(transformers, f'{kind}Config')(**sizes)
     with torch.device('meta'):
         theirs = getattr(transformers, f'{kind}Model')(config).state_dict()
-        word = dict(S='small', B='base', L='large')[size]
-        named = CLASSES[name.replace(f'-{size}', '-S')][1].replace('small', word)
         timms = timm.create_model(named).state_dict()
-    layout = LAYOUTS[model.layout][0]
-    theirs = models._rename(theirs, layout)
-    unused = {'embeddings.mask_token'}
-    found = {k: tuple(t.shape) for k, t in theirs.items() if k not in unused}
+    theirs = models._rename(theirs, LAYOUTS[model.layout][0])
+    found = {k: tuple(t.shape) for k, t in theirs.items() if k != 'embeddings.mask_token'}
     assert found == expected_shapes(name, 'transformers')
     assert {k: tuple(t.shape) for k, t in timms.items()} == expected_shapes(name, 'timm')
     cfg = timm.get_pretrained_cfg(named)
-    assert (cfg.mean, cfg.std, cfg.input_size[1]) == (model.mean, model.std, model.grid)
-    assert cfg.url == model.url
+    assert (cfg.mean, cfg.std) == (model.mean, model.std)
+    assert (cfg.url or model.url) == model.url
+    assert model.theta or cfg.input_size[1] == (model.grid or model.shape.side)
 
 
 # ---- a folder of transformers
@@ -292,6 +365,32 @@ def test_pixels_and_files_of_a_folder_are_checked(tmp_path):
     (tmp_path / 'model.safetensors').rename(tmp_path / 'model.safetensors.index.json')
     with pytest.raises(ValueError, match='weights in several files'):
         load_backbone(name, tmp_path)
+
+
+def test_a_whole_siglip_is_read_and_its_activation_is_the_librarys(tmp_path):
+    "Beside a text tower; timm takes the exact GELU for the same weights"
+    vision = of_transformers('SigLIP-B-16')
+    config = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
+    both = dict(vision_config=vision.config.to_dict(), text_config=config | dict(vocab_size=9))
+    whole = fill(transformers.SiglipModel(transformers.SiglipConfig(**both)))
+    whole.vision_model.load_state_dict(vision.state_dict())
+    whole.save_pretrained(tmp_path)
+    backbone = load_backbone('SigLIP-B-16', tmp_path)
+    assert backbone.digest == backbone_from_weights('SigLIP-B-16', vision.state_dict()).digest
+    timms = random_weights('SigLIP-B-16', library='timm')
+    assert (backbone.act, backbone_from_weights('SigLIP-B-16', timms).act) == ('gelu_tanh', 'gelu')
+    trunk = {f'visual.trunk.{k}': t for k, t in timms.items()} | {'logit_scale': torch.zeros(())}
+    found = backbone_from_weights('SigLIP-B-16', trunk)
+    assert found.digest == backbone_from_weights('SigLIP-B-16', timms).digest
+    write_json(tmp_path / 'config.json', dict(both, model_type='siglip', vision_config={}))
+    with pytest.raises(ValueError, match='hidden_size is 768, not 48'):
+        load_backbone('SigLIP-B-16', tmp_path)
+
+
+def test_the_rope_of_another_dino_is_named(tmp_path):
+    of_transformers('DINOv3-S', rope_theta=50.0).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='rope_theta is 50.0, not 100.0'):
+        load_backbone('DINOv3-S', tmp_path)
 
 
 def test_names_in_memory_and_in_files_are_both_read(tmp_path):

@@ -82,14 +82,19 @@ class _Sizes(_Widths):
     @property
     def lead(self) -> int:
         "Tokens before the patches: [CLS] and registers."
-        return 1 + len(self.weights.get('registers', ()))
+        return ('class_embedding' in self.weights) + len(self.weights.get('registers', ()))
+
+    @property
+    def pooled(self) -> bool:
+        "Whether a learned query reads all tokens at the end, not [CLS] alone."
+        return 'attn_pool.latent' in self.weights
 
     @property
     def n_patches(self) -> int:
         "Patches of an image; [CLS] and registers are not counted."
         if 'rotary' in self.weights:
             return self.weights['rotary'].shape[1]
-        return len(self.weights['positional_embedding']) - 1
+        return len(self.weights['positional_embedding']) - ('class_embedding' in self.weights)
 
     @property
     def side(self) -> int:
@@ -109,7 +114,7 @@ class Backbone(_Sizes):
     weights: dict[str, Tensor] = field(repr=False)  # as open_clip names them, without `visual.`
     heads: int
     patch: int  # side of a patch, pixels of the image
-    act: str = 'gelu'  # 'gelu' or 'quick_gelu'
+    act: str = 'gelu'  # 'gelu', 'gelu_tanh' (its approximation by tanh) or 'quick_gelu'
     mean: tuple = OPENAI_MEAN  # of the normalisation, per channel
     std: tuple = OPENAI_STD
     eps: float = 1e-5  # of every LayerNorm
@@ -118,7 +123,7 @@ class Backbone(_Sizes):
     unit: float = 0.0  # features are scaled to this length; 0: they stay as long as they come
 
     def __post_init__(self):
-        check_choice('act', self.act, ('gelu', 'quick_gelu'))
+        check_choice('act', self.act, ('gelu', 'gelu_tanh', 'quick_gelu'))
         _check_stem(self.weights, self.stem)
 
     @property
@@ -214,7 +219,8 @@ def embed_patches(
     kernel = w['conv1.weight']
     x = F.conv2d(_pass_stem(backbone, images), kernel, w.get('conv1.bias'), kernel.shape[-1])
     x = x.flatten(2).transpose(1, 2)
-    x = torch.cat([w['class_embedding'].expand(len(x), 1, -1), x], 1)
+    if 'class_embedding' in w:
+        x = torch.cat([w['class_embedding'].expand(len(x), 1, -1), x], 1)
     if 'positional_embedding' in w:
         x = x + w['positional_embedding']
     if 'registers' in w:
@@ -248,11 +254,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def cls_scores(
     q: Tensor,  # queries [B,H,N,d], [CLS] first
     k: Tensor,  # keys [B,H,N,d]
-    lead: int = 1,  # tokens before the patches
+    lead: int = 1,  # tokens before the patches; 0: there is no [CLS]
 ) -> Tensor:  # [B,N-lead]
-    "Attention of [CLS] to every patch, mean over heads."
-    row = (q[:, :, :1] * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return row.softmax(-1)[:, :, 0, lead:].mean(1)
+    "Attention of [CLS], or if there is none of all patches, to every patch, mean over heads."
+    readers = q[:, :, :1] if lead else q
+    rows = (readers * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return rows.softmax(-1)[..., lead:].mean(2).mean(1)
 
 # %% ../../nbs/1_method/01_backbone.ipynb #cd6a632a
 def _turn(x: Tensor, angles: Tensor | None, lead: int) -> Tensor:
@@ -410,16 +417,16 @@ def _project_out(backbone: Backbone, mixed: Tensor, layer: int, lora: LoRA | Non
     return _add_lora(F.linear(mixed, W, b), mixed, lora, layer, 'out')
 
 
-def _mlp(backbone: Backbone, x: Tensor, layer: int, lora: LoRA | None) -> Tensor:
-    "The two-layer perceptron of layer `layer` on normalised tokens [B,N,D]."
-    at = f'transformer.resblocks.{layer}.mlp.'
+def _mlp(backbone: Backbone, x: Tensor, at: str, layer: int, lora: LoRA | None) -> Tensor:
+    "The two-layer perceptron called `at`, of layer `layer`, on normalised tokens [B,N,D]."
     W1, b1, W2, b2 = (
         backbone.weights[at + k]
         for k in ('c_fc.weight', 'c_fc.bias', 'c_proj.weight', 'c_proj.bias')
     )
     add = lambda y, tokens, target: _add_lora(y, tokens, lora, layer, target)
-    if backbone.act == 'gelu':
-        h = F.gelu(add(F.linear(x, W1, b1), x, 'fc1'))
+    if backbone.act != 'quick_gelu':
+        form = 'tanh' if backbone.act == 'gelu_tanh' else 'none'
+        h = F.gelu(add(F.linear(x, W1, b1), x, 'fc1'), approximate=form)
         return add(F.linear(h, W2, b2), h, 'fc2')
     scale = 1.702
     x = scale * x
@@ -445,10 +452,25 @@ def _enter(backbone: Backbone, images: Tensor, keep: Tensor | None) -> tuple[Ten
     keep = send(check_kept('keep', keep, len(x), n), x.device)
     return gather_tokens(x, keep, backbone.lead), keep
 
+# %% ../../nbs/1_method/01_backbone.ipynb #63b65485
+def _pool(backbone: Backbone, x: Tensor) -> Tensor:
+    "What the learned query reads off normalised tokens x [B,N,D]: attention, then a perceptron."
+    w = backbone.weights
+    W, b = (w[f'attn_pool.in_proj_{k}'] for k in ('weight', 'bias'))
+    D = x.shape[-1]
+    q = F.linear(w['attn_pool.latent'], W[:D], b[:D]).expand(len(x), -1, -1)
+    k, v = F.linear(x, W[D:], b[D:]).chunk(2, -1)
+    q, k, v = (t.unflatten(-1, (backbone.heads, -1)).transpose(1, 2) for t in (q, k, v))
+    read = _attend(q, k, v).transpose(1, 2).flatten(2)[:, 0]
+    y = F.linear(read, w['attn_pool.out_proj.weight'], w['attn_pool.out_proj.bias'])
+    return y + _mlp(backbone, _norm(backbone, y, 'attn_pool.ln'), 'attn_pool.mlp.', 0, None)
+
 
 def _read_out(backbone: Backbone, x: Tensor) -> Tensor:
     "Features [B,D_out] of the tokens x [B,N,D] behind the last layer."
-    features = _norm(backbone, x[:, 0], 'ln_post') @ backbone.weights['proj']
+    x = _norm(backbone, x if backbone.pooled else x[:, 0], 'ln_post')
+    x = _pool(backbone, x) if backbone.pooled else x
+    features = x @ backbone.weights['proj']
     return backbone.unit * F.normalize(features, dim=-1) if backbone.unit else features
 
 
@@ -472,7 +494,7 @@ def _forward(backbone, images, lora, plan, keep, select, with_tokens) -> Encoded
     for layer in range(backbone.layers):
         at = f'transformer.resblocks.{layer}.'
         last = layer == backbone.layers - 1
-        ahead = 1 if last and not with_tokens else x.shape[1]
+        ahead = 1 if last and not with_tokens and not backbone.pooled else x.shape[1]
         q, k, v = _heads_of(backbone, _norm(backbone, x, at + 'ln_1'), layer, lora, ahead)
         q, k = (_turn(t, angles, lead) for t in (q, k))
         mixed = _attend(q, k, v).transpose(1, 2).flatten(2)
@@ -484,7 +506,7 @@ def _forward(backbone, images, lora, plan, keep, select, with_tokens) -> Encoded
             x = x if ahead == 1 else gather_tokens(x, stay, lead)
             kept = kept.gather(1, stay)
             angles = _angles_of(backbone, kept)
-        added = _mlp(backbone, _norm(backbone, x, at + 'ln_2'), layer, lora)
+        added = _mlp(backbone, _norm(backbone, x, at + 'ln_2'), at + 'mlp.', layer, lora)
         x = x + _scale(backbone, added, at + 'ls_2')
         if with_tokens:
             tokens.append(x)
