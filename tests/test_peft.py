@@ -1,9 +1,11 @@
 "Adapters go to the real peft and come back: the same features through peft and transformers as through our encode."
 
+import csv
 import json
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 os.environ['HF_HUB_OFFLINE'] = os.environ['TRANSFORMERS_OFFLINE'] = (
     '1'  # before the imports that read them
@@ -778,3 +780,46 @@ def test_model_hubs_understand_the_card(ours):
     )
     assert card.data.model_name == 'Ünïcode: "quoted"' and 'a \\| b' in card.text
     assert json.loads((ours[1] / 'made.json').read_text())['market'] == '5e1f'
+
+
+@pytest.fixture(scope='module')
+def layouts():
+    "What nbs/layouts.ipynb defines, up to where it makes its table."
+    names = {}
+    path = Path(__file__).parents[1] / 'nbs' / 'layouts.ipynb'
+    for cell in json.loads(path.read_text())['cells']:
+        source = ''.join(cell['source'])
+        if source.startswith('found = []'):
+            return names
+        if cell['cell_type'] == 'code':
+            exec(compile(source, cell['id'], 'exec'), names)
+    raise AssertionError('there is no table')
+
+
+@pytest.mark.parametrize(
+    'name', ['Dinov2WithRegistersModel', 'DINOv3ViTModel', 'VisionTransformer']
+)
+def test_every_class_of_the_page_is_read_and_written(layouts, name):
+    case = next(c for c in layouts['CASES'] if c.name == name)
+    every = layouts['KINDS']['all, patterns of rank and alpha']
+    assert layouts['compare_case'](case, **every) < 1e-5
+
+
+def test_an_adapter_of_another_family_is_refused(layouts, tmp_path):
+    "As wide and as deep, but a DINOv2 is no plain ViT, and the other way round."
+    cases = {c.name: c for c in layouts['CASES']}
+    vit, dino = cases['ViTModel'], cases['Dinov2Model']
+    for theirs, ours in ((dino, vit), (vit, dino)):
+        folder = tmp_path / theirs.name
+        layouts['adapt'](theirs, theirs.make(), ('q', 'v')).save_pretrained(folder / 'a')
+        backbone = layouts['make_backbone'](ours, layouts['randomise'](ours.make(), 'x'))
+        with pytest.raises(ValueError, match=f'tuned on .{theirs.name}.*that fit: .*{ours.name}'):
+            read_market(folder, backbone, head='drop')
+
+
+def test_the_published_page_has_every_class(layouts):
+    with open(Path(__file__).parents[1] / 'results' / 'layouts' / 'rows.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) >= 25 and {r['class'] for r in rows} == {c.name for c in layouts['CASES']}
+    assert all(0 < float(r['max_difference']) <= 1e-5 for r in rows)
+    assert {'library', 'class', 'targets', 'max_difference'} <= set(rows[0])
