@@ -7,10 +7,10 @@ __all__ = ['SCALES', 'ROLES', 'NEEDS', 'HALVES', 'PMF_RATE', 'LORAS', 'IMAGES', 
            'PAPER_RATE', 'BOUNDS', 'TEXT_RIVALS', 'RIVALS', 'MINIATURE_PLANS', 'MARKET_SIZES', 'FROM_AVERAGE', 'MASKS',
            'OURS', 'METHODS', 'Scale', 'stretch_scale', 'Exam', 'Tuning', 'Method', 'list_needs', 'read_features',
            'predict_nn', 'choose_layers', 'fit_recipe', 'predict_recycled', 'predict_average', 'plan_merge',
-           'predict_merged', 'predict_cut', 'load_caml', 'predict_caml', 'predict_probe', 'predict_simple',
-           'predict_names', 'predict_tip', 'Lesson', 'load_pmf', 'choose_validated', 'predict_tuned', 'predict_hub',
-           'name_chain', 'predict_by_text', 'make_merges', 'make_pair', 'make_named_pair', 'describe_methods', 'Cell',
-           'answer_cell']
+           'merge_planned', 'predict_merged', 'predict_cut', 'load_caml', 'predict_caml', 'predict_probe',
+           'predict_simple', 'predict_names', 'predict_tip', 'Lesson', 'load_pmf', 'choose_validated', 'predict_tuned',
+           'predict_hub', 'name_chain', 'predict_by_text', 'make_merges', 'make_pair', 'make_named_pair',
+           'describe_methods', 'Cell', 'answer_cell']
 
 # %% ../../nbs/5_bench/03_methods.ipynb #ac1b8ebd
 from dataclasses import dataclass, replace
@@ -341,6 +341,18 @@ def plan_merge(
     return tuple(chain.store.get('merge', key, make)['plan'].tolist())
 
 # %% ../../nbs/5_bench/03_methods.ipynb #4d0685a5
+def merge_planned(
+    chain: Chain,  # stages, store, backbone
+    how: str,  # of `merge.MERGES`
+    plan: tuple,  # of `plan_merge`
+    cut: bool = False,  # to the rank of the meta-LoRA
+) -> LoRA:
+    "The chain's LoRAs merged."
+    gen = generator(chain.seed, 'merge', how)
+    rank = chain.settings.distill.rank if cut or how == 'lego' else None
+    return merge(chain.market().lora, how, *plan, rank, gen)
+
+
 def predict_merged(
     chain: Chain,  # stages, store, backbone
     exam: Exam,  # episodes and sizes
@@ -348,10 +360,8 @@ def predict_merged(
     cut: bool = False,  # to the rank of the meta-LoRA
 ) -> Tensor:  # [T,way,n_query]
     "Nearest prototype with the market's LoRAs merged."
-    scale, density = plan_merge(chain, how, exam.read('merge'), exam.read('way'))
-    gen = generator(chain.seed, 'merge', how)
-    rank = chain.settings.distill.rank if cut or how == 'lego' else None
-    lora = merge(chain.market().lora, how, scale, density, rank, gen)
+    plan = plan_merge(chain, how, exam.read('merge'), exam.read('way'))
+    lora = merge_planned(chain, how, plan, cut)
     return nearest_prototype(read_features(chain, exam.data, lora), exam.episodes)
 
 

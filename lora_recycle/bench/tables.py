@@ -7,12 +7,12 @@ __all__ = ['TASK_METHODS', 'BOTH', 'FINE_TUNED', 'SWITCHES', 'TUNING_FREE', 'LEV
            'SELECTIONS', 'AT_PAPER_SCALE', 'PAPER_BACKBONES', 'AT_PHOTO_SCALE', 'SUITES', 'Table', 'Scene', 'task_step',
            'TaskStudy', 'measure_tasks', 'choose_cost_size', 'price_table', 'pair_images', 'draw_images', 'draw_curves',
            'mask_images', 'plan_images', 'find_cost', 'name_saving', 'list_points', 'draw_tradeoff', 'draw_plans',
-           'draw_masks', 'draw_growth', 'draw_rates', 'score_teacher', 'patch_rows', 'answer_every_class',
-           'every_class_rows', 'list_own_columns', 'list_shared_columns', 'make_domain_table', 'make_ablation',
-           'make_duel', 'make_pruning_table', 'make_sparsity_table', 'make_tuning_table', 'make_what_table',
-           'make_zero_shot_table', 'make_merging_table', 'make_patch_table', 'draw_named', 'chosen_methods', 'table_at',
-           'choose_columns', 'name_columns', 'read_shots', 'own_scale', 'Place', 'table_columns', 'list_cells',
-           'accuracy_rows', 'make_features', 'make_cell', 'answer_cells', 'make_table']
+           'draw_masks', 'draw_growth', 'draw_rates', 'rate_all_advice', 'draw_advice', 'score_teacher', 'patch_rows',
+           'answer_every_class', 'every_class_rows', 'list_own_columns', 'list_shared_columns', 'make_domain_table',
+           'make_ablation', 'make_duel', 'make_pruning_table', 'make_sparsity_table', 'make_tuning_table',
+           'make_what_table', 'make_zero_shot_table', 'make_merging_table', 'make_patch_table', 'draw_named',
+           'chosen_methods', 'table_at', 'choose_columns', 'name_columns', 'read_shots', 'own_scale', 'Place',
+           'table_columns', 'list_cells', 'accuracy_rows', 'make_features', 'make_cell', 'answer_cells', 'make_table']
 
 # %% ../../nbs/5_bench/04_tables.ipynb #8cc9aede
 import io
@@ -65,7 +65,9 @@ from lora_recycle.bench.methods import (
     answer_cell,
     fit_recipe,
     list_needs,
+    merge_planned,
     name_chain,
+    plan_merge,
     read_features,
 )
 from .plots import average_sets, cost_curve, image_rows, training_curves
@@ -86,14 +88,16 @@ from lora_recycle.method.chain import (
     weights_file,
 )
 from ..method.inversion import InvertConfig, count_alive, sparse_patches
-from ..method.lora import new_lora
+from ..method.lora import average_products, new_lora
 from ..method.market import head_logits
 from ..paper.models import MODELS, load_backbone
 from ..rivals.finetune import TuneConfig, tune_full, tune_lora
 from ..suite.episodes import Episodes, draw_episodes
 from ..suite.evaluate import embed, interval, nearest_prototype
-from ..suite.images import CROSS_DOMAIN, IN_DOMAIN
+from ..suite.images import CROSS_DOMAIN, IN_DOMAIN, ImageSet
 from ..suite.miniature import MINIATURES, PHOTO, SHIPPED
+from ..use.advice import AVERAGE, PLAIN, Trial, rate_advice, score_loras
+from ..use.advice import synthetic_set
 
 # %% ../../nbs/5_bench/04_tables.ipynb #e9e15100
 @dataclass(frozen=True)
@@ -463,6 +467,66 @@ def draw_rates(
     ax.legend(bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
     return dict(rates=fig)
 
+# %% ../../nbs/5_bench/04_tables.ipynb #755a0ee1
+_ADVISED = {'nn': PLAIN, 'average': AVERAGE}
+_ADVISED |= {m: m for m in ('merge-knots-ties', 'merge-tsv-m', 'recycle', 'recycle-average')}
+_HOWS = {'merge-knots-ties': 'knots-ties', 'merge-tsv-m': 'tsv-m'}
+
+
+def _find_lora(chain: Chain, method: Method, shot: int, scale: Scale):
+    "The LoRA by which `method` answers; None: the plain backbone."
+    if method.recipe is not None:
+        return chain.meta(fit_recipe(method.recipe, chain.backbone.layers, scale.large), shot).lora
+    if method.id in _HOWS:
+        how = _HOWS[method.id]
+        return merge_planned(chain, how, plan_merge(chain, how, scale.merge, scale.way))
+    return average_products(chain.market().lora) if method.id == 'average' else None
+
+
+def _take_few(chain: Chain, per_class: int) -> ImageSet:
+    "A few images of each validation class of the sources."
+    found = []
+    for source in chain.sources:
+        val = chain.open(source).split('val')
+        rows = [(val.labels == c).nonzero()[:per_class, 0] for c in val.splits['val']]
+        found.append(val.images[torch.stack(rows)])
+    return synthetic_set(torch.cat(found)[None])
+
+# %% ../../nbs/5_bench/04_tables.ipynb #416ae9b8
+def rate_all_advice(
+    scene: Scene,  # what was run
+    per_class: int = 8,  # labelled images by which advice is given
+) -> pd.DataFrame:  # dataset, shot, advised, best, lost; lost_average: points
+    "What following the advice costs on each set of a table, and what the average costs."
+    rows = scene.rows[(scene.rows['metric'] == 'accuracy') & scene.rows['method'].isin(_ADVISED)]
+    lines = []
+    chains = {target: chain for chain, (_, target) in zip(scene.chains, scene.table.columns)}
+    for (target, shot), part in rows.groupby(['dataset', 'shot'], sort=False):
+        chain = chains[target]
+        truth = {_ADVISED[m]: v for m, v in zip(part['method'], part['value'])}
+        found = {m: _find_lora(chain, METHODS[m], shot, scene.scale) for m in part['method']}
+        loras = {_ADVISED[m]: lora for m, lora in found.items()}
+        trial = Trial(scene.scale.way, shot)
+        scores = score_loras(chain.backbone, loras, _take_few(chain, per_class), trial)
+        line = dict(dataset=target, shot=shot) | rate_advice(scores, truth)
+        lines.append(line | dict(lost_average=max(truth.values()) - truth[AVERAGE]))
+    return pd.DataFrame(lines)
+
+# %% ../../nbs/5_bench/04_tables.ipynb #23281df0
+def draw_advice(
+    scene: Scene,  # what was run
+) -> dict[str, Figure]:
+    "Points lost by following the advice, and by always taking the average."
+    rated = rate_all_advice(scene)
+    names = [f'{r.dataset}, {r.shot}-shot' for r in rated.itertuples()]
+    fig, ax = plt.subplots(figsize=(6, 0.25 * len(rated) + 1))
+    ax.plot(rated['lost_average'], names, 'o', color='.6', label='the average')
+    ax.plot(rated['lost'], names, '.', color='C0', label='what is advised')
+    right = int((rated['lost'] < 0.5).sum())
+    ax.set(xlabel='points below the best', title=f'advice within 0.5 points: {right}/{len(rated)}')
+    ax.legend(bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+    return dict(advice=fig)
+
 # %% ../../nbs/5_bench/04_tables.ipynb #5a34653e
 @torch.no_grad()
 def score_teacher(
@@ -662,7 +726,9 @@ def make_merging_table() -> Table:
     methods = ('nn', 'average', 'average-factors', *merged, *BOTH, *(f'{s}-real' for s in BOTH))
     columns = (*list_own_columns(IN_DOMAIN), *list_shared_columns(CROSS_DOMAIN))
     quick = ('nn', 'average', 'average-factors', *merged)
-    return Table('Average, merge or recycle', columns, methods, quick=quick)
+    return Table(
+        'Average, merge or recycle', columns, methods, pictures=(draw_advice,), quick=quick
+    )
 
 
 def make_patch_table() -> Table:
