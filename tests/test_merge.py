@@ -166,3 +166,50 @@ def test_refuses_what_is_no_market():
     broken.B[0, 0, 0, 0, 0] = float('nan')
     with pytest.raises(ValueError, match='NaN'):
         merge(broken)
+
+
+def two_adapters(market):
+    "A linear map under peft with a market's first product as adapters 0, 1, ... (alpha = r)"
+    peft = pytest.importorskip('peft')
+    A, B = (t[:, 0, 0] for t in (market.A, market.B))
+    model = torch.nn.Sequential(torch.nn.Linear(A.shape[1], B.shape[2], bias=False))
+    how = dict(r=market.rank, lora_alpha=market.rank, target_modules=['0'])
+    model = peft.get_peft_model(model, peft.LoraConfig(**how), adapter_name='0')
+    for i in range(1, len(A)):
+        model.add_adapter(str(i), peft.LoraConfig(**how))
+    layer = model.base_model.model[0]
+    for i in range(len(A)):
+        layer.lora_A[str(i)].weight.data = A[i].mT.contiguous()
+        layer.lora_B[str(i)].weight.data = B[i].mT.contiguous()
+    return model, layer
+
+
+def merge_by_peft(market, kind, weight, **more):
+    "The product of `add_weighted_adapter`, all adapters with the same weight"
+    model, layer = two_adapters(market)
+    names = [str(i) for i in range(market.size)]
+    model.add_weighted_adapter(names, [weight] * len(names), 'merged', kind, **more)
+    return layer.get_delta_weight('merged').mT.detach()
+
+
+def test_peft_is_the_same_where_it_is_exact():
+    "Stacked factors and the SVD of products are the average; TIES of products is ours"
+    market = draw_market()
+    ours = product(average_products(market))[0, 0]
+    assert near(merge_by_peft(market, 'cat', 1 / 3), ours)
+    assert near(merge_by_peft(market, 'svd', 1 / 3, svd_rank=12), ours)
+    ours = product(merge(market, 'ties', density=0.5))[0, 0]
+    found = merge_by_peft(market, 'ties_svd', 1.0, svd_rank=20, density=0.5)
+    assert ((found - ours).abs() > 1e-4).float().mean() < 0.01, 'but for an entry on the threshold'
+
+
+def test_peft_is_not_the_same_where_it_merges_factors_apart():
+    "`linear` and `ties` treat A and B alone: cross terms, and no lora comes out that was voted for"
+    market = draw_market()
+    ours = product(average_products(market))[0, 0]
+    linear = merge_by_peft(market, 'linear', 1 / 3)
+    assert (linear - ours).norm() > 0.5 * ours.norm()
+    assert near(linear, (market.A.sum(0) @ market.B.sum(0))[0, 0] / 3)
+    ties = merge_by_peft(market, 'ties', 1.0, density=0.5)
+    ours = product(merge(market, 'ties', density=0.5))[0, 0]
+    assert (ties - ours).norm() > 0.5 * ours.norm()

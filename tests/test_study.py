@@ -1,0 +1,30 @@
+"The study of when recycling pays: complete at the smallest scale, and clear about what it lacks."
+
+import json
+
+import pandas as pd
+import pytest
+from tools import papermill, run_head
+
+
+def test_the_study_runs(tmp_path):
+    given = dict(scale='smoke', out_dir=tmp_path / 'results', cache_dir=tmp_path / 'cache')
+    papermill('study.ipynb', tmp_path / 'out.ipynb', **given)
+    out = tmp_path / 'results' / 'study'
+    frame = pd.read_csv(out / 'gains.csv')
+    assert len(frame) == 11
+    assert set(frame['axis']) == {'steps', 'rank', 'loras', 'tuning', 'sets'}
+    assert (frame['recycled'] - frame['average'] - frame['gain']).abs().max() < 0.01
+    untuned = frame[(frame['axis'] == 'rank') & (frame['pool'] == 'real')]
+    assert untuned['average'].nunique() == 1, 'the rank of the result does not change the market'
+    said = (out / 'table.md').read_text()
+    assert 'of 11 recipes are surely above the average' in said
+    record = json.loads((out / 'run.json').read_text())
+    assert 'papermill nbs/study.ipynb' in record['command'] and (out / 'gains.png').is_file()
+
+
+@pytest.mark.parametrize('name, value', [('scale', 'paper'), ('source', 'hebrew'), ('shot', 0)])
+def test_it_refuses_before_any_work(tmp_path, name, value):
+    given = dict(out_dir=str(tmp_path), cache_dir=str(tmp_path)) | {name: value}
+    with pytest.raises(ValueError, match=name):
+        run_head('study.ipynb', "check_folder('out_dir'", **given)
