@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from lora_recycle.method.backbone import Backbone, encode, from_open_clip, norma
 from lora_recycle.core import generator
 from lora_recycle.use.exchange import (
     _CLIP,
+    read_clip_lora,
     Limits,
     backbone_from_hf,
     backbone_from_state,
@@ -823,3 +825,143 @@ def test_the_published_page_has_every_class(layouts):
     assert len(rows) >= 25 and {r['class'] for r in rows} == {c.name for c in layouts['CASES']}
     assert all(0 < float(r['max_difference']) <= 1e-5 for r in rows)
     assert {'library', 'class', 'targets', 'max_difference'} <= set(rows[0])
+
+
+def clip_lora(layers=3, width=64, r=2, alpha=3, names=('q_proj', 'k_proj', 'v_proj'), **settings):
+    "What CLIP-LoRA saves: random factors of `layers` tuned layers, and its settings."
+    gen = generator(0, 'clip-lora')
+    draw = lambda *size: torch.randn(*size, generator=gen) * 0.3
+    pair = lambda: dict(w_lora_A=draw(r, width), w_lora_B=draw(width, r))
+    weights = {f'layer_{i}': {name: pair() for name in names} for i in range(layers)}
+    given = dict(r=r, alpha=alpha, encoder='vision', params=['q'], position='all')
+    return dict(weights=weights, metadata=given | settings)
+
+
+def merge_clip_lora(visual, saved, places):
+    "Change the weights of an open_clip tower as CLIP-LoRA does: W + alpha / sqrt(r) B A."
+    rank, alpha = (saved['metadata'][k] for k in ('r', 'alpha'))
+    for place, entry in zip(places, saved['weights'].values()):
+        block = visual.transformer.resblocks[place].attn
+        for name, f in entry.items():
+            change = alpha / rank**0.5 * f['w_lora_B'] @ f['w_lora_A']
+            rows = dict(q_proj=0, k_proj=64, v_proj=128).get(name)
+            if rows is None:
+                block.out_proj.weight.data += change
+            else:
+                block.in_proj_weight.data[rows : rows + 64] += change
+
+
+def open_tower(layers):
+    vision = dict(layers=layers, width=64, image_size=12, patch_size=6, head_width=32)
+    text = dict(width=16, heads=2, layers=1, vocab_size=20, context_length=5)
+    clip = open_clip.model.CLIP(embed_dim=10, vision_cfg=vision, text_cfg=text)
+    return randomise(clip).visual
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    'layers, n, settings, places',
+    [
+        (3, 3, {}, (0, 1, 2)),
+        (3, 2, {}, (0, 1)),  # "all" of their L/14 are 21 of 24
+        (12, 3, dict(position='top3'), (9, 10, 11)),
+        (12, 4, dict(position='mid', names=('q_proj', 'proj'), r=3), (4, 5, 6, 7)),
+    ],
+    ids=str,
+)
+def test_a_file_of_clip_lora_gives_its_features(tmp_path, layers, n, settings, places):
+    saved = clip_lora(n, **settings)
+    torch.save(saved, tmp_path / 'a.pt')
+    backbone = from_open_clip(open_tower(layers), 'tiny', 'gelu')
+    merged = open_tower(layers)
+    merge_clip_lora(merged, saved, places)
+    x = torch.randn(4, 3, 12, 12, generator=generator(2, 'x'))
+    wanted = merged(x)
+    scale = wanted.abs().max().clamp(min=1)
+    lora = read_clip_lora(tmp_path / 'a.pt', layers, 64)
+    found = encode(backbone, x, lora).features
+    torch.testing.assert_close(found / scale, wanted / scale, atol=1e-5, rtol=0)
+    with pytest.warns(UserWarning, match='on which CLIP'):
+        market, report = read_market(tmp_path, backbone, head='drop')
+    assert torch.equal(market[0].B, lora.B) and report[0].name == 'a.pt'
+
+
+def test_the_text_tower_of_clip_lora_is_left_out_when_asked(tmp_path):
+    both = clip_lora(12 + 3, encoder='both')
+    alone = clip_lora(3)
+    keys = [f'layer_{12 + i}' for i in range(3)]
+    alone['weights'] = {f'layer_{i}': both['weights'][k] for i, k in enumerate(keys)}
+    torch.save(both, tmp_path / 'both.pt')
+    torch.save(alone, tmp_path / 'alone.pt')
+    with pytest.raises(ValueError, match='text tower; allow_partial'):
+        read_clip_lora(tmp_path / 'both.pt', 3, 64)
+    found = read_clip_lora(tmp_path / 'both.pt', 3, 64, allow_partial=True)
+    assert torch.equal(found.B, read_clip_lora(tmp_path / 'alone.pt', 3, 64).B)
+
+
+BAD_FILES = {
+    'text only': (dict(encoder='text'), 'no image tower'),
+    'unknown position': (dict(position='middle'), "position='middle'"),
+    'too deep': (dict(layers=4), 'no image tower of 3 layers'),
+    'other names': (dict(names=('fc1',)), 'holds more than'),
+    'alpha': (dict(alpha=float('nan')), 'lora_alpha'),
+    'narrow': (dict(width=32), r'numbers \[2, 64\]'),
+}
+
+
+@pytest.mark.parametrize('kind', BAD_FILES)
+def test_a_wrong_file_of_clip_lora_is_refused(tmp_path, kind):
+    settings, why = BAD_FILES[kind]
+    torch.save(clip_lora(**settings), tmp_path / 'a.pt')
+    with pytest.raises(ValueError, match=why):
+        read_clip_lora(tmp_path / 'a.pt', 3, 64)
+
+
+class Evil:
+    "Runs code where a pickle is trusted."
+
+    def __reduce__(self):
+        return (os.mkdir, ('EVIL',))
+
+
+def test_no_code_of_a_pt_is_run_and_nothing_is_unpacked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(dict(weights=Evil(), metadata={}), 'evil.pt')
+    with zipfile.ZipFile('bomb.pt', 'w', zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr('archive/data.pkl', b'0' * 10**6)
+    for name, why in (('evil.pt', 'no sound file'), ('bomb.pt', 'is compressed')):
+        with pytest.raises(ValueError, match=why):
+            read_clip_lora(tmp_path / name, 3, 64)
+    with pytest.raises(FileNotFoundError):
+        read_clip_lora(tmp_path / 'none.pt', 3, 64)
+    assert not (tmp_path / 'EVIL').exists()
+
+
+def damaged(data, gen):
+    "`data` with something wrong: bits, a piece cut out, its end lost, a piece twice."
+    at = lambda: int(torch.randint(len(data), (1,), generator=gen))
+    kind = int(torch.randint(4, (1,), generator=gen))
+    if kind == 0:
+        wrong = bytearray(data)
+        for _ in range(1 + at() % 8):
+            wrong[at()] ^= 1 << at() % 8
+        return bytes(wrong)
+    a, b = sorted((at(), at()))
+    return (data[:a] + data[b:], data[:a], data[:b] + data[a:])[kind - 1]
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_damaged_files_of_clip_lora_are_documented_errors(tmp_path):
+    torch.save(clip_lora(3, width=8), tmp_path / 'a.pt')
+    data = (tmp_path / 'a.pt').read_bytes()
+    gen = generator(int(os.environ.get('FUZZ_SEED', 0)), 'damage')
+    refused = 0
+    for _ in range(int(os.environ.get('FUZZ_FILES', 300))):
+        (tmp_path / 'b.pt').write_bytes(damaged(data, gen))
+        try:
+            lora = read_clip_lora(tmp_path / 'b.pt', 3, 8)
+        except ValueError:
+            refused += 1
+        else:
+            assert lora.A.shape == (3, 3, 8, 2) and lora.A.isfinite().all()
+    assert refused > 100

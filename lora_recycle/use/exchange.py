@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['WRITTEN', 'Limits', 'parse_json', 'read_json', 'tensor_header', 'read_tensors', 'pattern_fits', 'module_scaling',
-           'check_adapter_config', 'Adapter', 'read_adapter', 'model_card', 'write_adapter', 'hf_names', 'hf_state',
-           'backbone_from_state', 'backbone_from_hf', 'inside', 'write_market', 'Entry', 'read_market']
+           'check_adapter_config', 'Adapter', 'read_adapter', 'read_clip_lora', 'model_card', 'write_adapter',
+           'hf_names', 'hf_state', 'backbone_from_state', 'backbone_from_hf', 'inside', 'write_market', 'Entry',
+           'read_market']
 
 # %% ../../nbs/2_use/00_exchange.ipynb #f68f443f
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import stat
 import warnings
+import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,8 +32,8 @@ from torch import Tensor
 from ..core import check_choice, check_int, digest
 from ..core import plain, save_tensors, write_json, write_text
 from ..method.backbone import OPENAI_MEAN, OPENAI_STD, Backbone
-from ..method.lora import TARGETS, LoRA, factor_widths, pack_lora, pad_rank
-from ..method.lora import product_widths, stack_loras, widen_targets
+from ..method.lora import QV, TARGETS, LoRA, factor_widths, pack_lora
+from ..method.lora import pad_rank, product_widths, stack_loras, widen_targets
 
 # %% ../../nbs/2_use/00_exchange.ipynb #feeb2e4e
 @dataclass(frozen=True)
@@ -913,6 +916,117 @@ def read_adapter(
         warnings.warn(f'{folder}: {note}', stacklevel=2)
     return adapter
 
+# %% ../../nbs/2_use/00_exchange.ipynb #4aa84437
+_POSITIONS = dict(top1=(11,), top2=(10, 11), top3=(9, 10, 11), top=(11,), all=tuple(range(12)))
+_POSITIONS |= dict(bottom=tuple(range(4)), mid=tuple(range(4, 8)), up=tuple(range(8, 12)))
+_POSITIONS |= {'half-up': tuple(range(6, 12)), 'half-bottom': tuple(range(6))}
+_PT_NAMES = dict(q_proj='q', k_proj='k', v_proj='v', proj='out')
+
+
+def _load_pt(path: Path, limits: Limits):
+    "What the zip file of torch at `path` holds: tensors and plain values; ValueError."
+    with _opened(path, limits) as (f, size):
+        if size > limits.file_bytes:
+            raise ValueError(f'{path} has {size} bytes; {limits.file_bytes} is the most')
+        data = io.BytesIO(f.read(limits.file_bytes))
+    try:
+        with zipfile.ZipFile(data) as archive:
+            packed = [i.filename for i in archive.infolist() if i.file_size != i.compress_size]
+        if packed:
+            raise ValueError(f'{_names(packed)} is compressed')
+        data.seek(0)
+        return torch.load(data, map_location='cpu', weights_only=True)
+    except Exception as err:  # zip, pickle and torch have a dozen kinds for a damaged file
+        raise ValueError(f'{path} is no sound file of torch: {_short(str(err), 200)}') from None
+
+# %% ../../nbs/2_use/00_exchange.ipynb #c7f73e59
+def _pt_layers(settings: dict, n: int, layers: int) -> tuple[int, tuple[int, ...]]:
+    "Of `n` tuned layers how many are of the text tower, and which of the image tower."
+    encoder = check_choice('encoder', _brief(settings.get('encoder')), ('vision', 'both', 'text'))
+    position = check_choice('position', _brief(settings.get('position')), _POSITIONS)
+    places = _POSITIONS[position]
+    n_text = 0 if encoder == 'vision' else n if encoder == 'text' else len(places)
+    if position == 'all':
+        places = tuple(range(n - n_text))
+    if n_text == n or len(places) != n - n_text or max(places) >= layers:
+        raise ValueError(
+            f'it tunes {n} layers, encoder {encoder!r}, position {position!r}: that is no image '
+            f'tower of {layers} layers'
+        )
+    return n_text, places
+
+
+def _pt_pair(entry, tower: _Tower, rank: int, limits: Limits) -> tuple[Tensor, Tensor]:
+    "w_lora_A [r,D] and w_lora_B [D,r] in `entry`, checked; ValueError."
+    entry = entry if isinstance(entry, dict) else {}
+    pair = [entry.get(f'w_lora_{k}') for k in 'AB']
+    shapes = [(rank, tower.width), (tower.width, rank)]
+    for t, shape in zip(pair, shapes):
+        if not isinstance(t, Tensor) or t.shape != shape or not t.is_floating_point():
+            found = list(t.shape) if isinstance(t, Tensor) else _short(t)
+            raise ValueError(f'a factor is {found}; numbers {list(shape)} are expected')
+    pair = [t.detach().float() for t in pair]
+    _check_numbers(dict(zip(('w_lora_A', 'w_lora_B'), pair)), limits.largest)
+    return tuple(pair)
+
+# %% ../../nbs/2_use/00_exchange.ipynb #2e9dafba
+def _pt_content(found) -> tuple[list, dict]:
+    "The tuned layers in order and the settings of a file of CLIP-LoRA; ValueError."
+    parts = [found.get(k) if isinstance(found, dict) else None for k in ('weights', 'metadata')]
+    if not all(isinstance(p, dict) for p in parts):
+        raise ValueError('it is no file of CLIP-LoRA, which holds weights and metadata')
+    weights, settings = parts
+    names = [f'layer_{i}' for i in range(len(weights))]
+    if not names or set(weights) != set(names) or len(names) > 400:
+        raise ValueError(f'its layers are {_names(list(weights))}; layer_0 to layer_N are expected')
+    layers = [weights[n] for n in names]
+    if not all(isinstance(w, dict) and set(w) <= set(_PT_NAMES) for w in layers):
+        raise ValueError(f'a layer holds more than {list(_PT_NAMES)}')
+    return layers, settings
+
+# %% ../../nbs/2_use/00_exchange.ipynb #76a1f02a
+def _pt_lora(found, tower: _Tower, allow_partial: bool, limits: Limits) -> LoRA:
+    "The LoRA of the image tower in what a file of CLIP-LoRA holds; ValueError."
+    entries, settings = _pt_content(found)
+    n_text, places = _pt_layers(settings, len(entries), tower.layers)
+    if n_text and not allow_partial:
+        raise ValueError('it also changes the text tower; allow_partial=True leaves that out')
+    given = {k: _brief(settings.get(k)) for k in ('r', 'alpha')}
+    rank, scale = module_scaling(
+        dict(r=given['r'], lora_alpha=given['alpha'], use_rslora=True), 'it', limits.rank
+    )
+    tuned = {_PT_NAMES[name] for entry in entries[n_text:] for name in entry}
+    targets = QV if tuned <= set(QV) else tuple(t for t in TARGETS if t in tuned)
+    A = torch.zeros(tower.layers, len(targets), tower.width, rank)
+    B = torch.zeros(tower.layers, len(targets), rank, tower.width)
+    for place, entry in zip(places, entries[n_text:]):
+        for name, factors in entry.items():
+            at = place, targets.index(_PT_NAMES[name])
+            a, b = _pt_pair(factors, tower, rank, limits)
+            A[at] = a.T
+            B[at] = b.T * scale
+    _check_numbers(dict(A=A, B=B), limits.largest)
+    return LoRA(A, B, targets=targets)
+
+# %% ../../nbs/2_use/00_exchange.ipynb #5ee45f2b
+_PT_NOTE = 'a file of CLIP-LoRA does not say on which CLIP it was tuned; it is read as one of ours'
+
+
+def read_clip_lora(
+    path,  # a .pt that CLIP-LoRA wrote
+    layers: int,  # of the backbone
+    width: int,  # of a token
+    allow_partial: bool = False,  # True: leave out what is tuned of the text tower
+    limits: Limits = Limits(),  # the most that it may hold
+) -> LoRA:  # without a head: CLIP-LoRA classifies by text
+    "The LoRA of an image tower in a file of CLIP-LoRA; ValueError, FileNotFoundError."
+    path = Path(path)
+    found = _load_pt(path, limits)
+    try:
+        return _pt_lora(found, _Tower(layers, width), allow_partial, limits)
+    except ValueError as err:
+        raise ValueError(f'{path} cannot be used: {err}') from None
+
 # %% ../../nbs/2_use/00_exchange.ipynb #ddea5198
 @dataclass(frozen=True)
 class _Spelling:
@@ -1611,13 +1725,24 @@ def _own_files(source: _Source) -> dict:
         raise ValueError(f'{folder / "manifest.json"} has no object "files", or no targets')
     return {n: partial(_read_own, source, n, r, tuple(targets)) for n, r in records.items()}
 
+# %% ../../nbs/2_use/00_exchange.ipynb #ec3ad602
+def _read_pt(source: _Source, name: str) -> tuple[LoRA, Entry]:
+    "The one LoRA [1,...] of the file `name` of CLIP-LoRA."
+    backbone = source.backbone
+    path = inside(source.folder, name, source.limits)
+    size = (backbone.layers, backbone.width)
+    lora = stack_loras([read_clip_lora(path, *size, source.allow_partial, source.limits)])
+    return lora, Entry(name, True, '', 1, lora.rank, lora.targets, notes=(_PT_NOTE,))
+
 
 def _peft_folders(source: _Source) -> dict:
-    "Name -> function that reads it, for each sub-folder that is not hidden."
+    "Name -> function that reads it, for each sub-folder and .pt that is not hidden."
     entries = (e for e in os.scandir(source.folder) if not e.name.startswith('.'))
-    folders = (e.name for e in entries if e.is_symlink() or e.is_dir())
-    names = sorted(islice(folders, source.limits.loras + 1))
-    return {n: partial(_read_peft, source, n) for n in names}
+    pt = lambda name: name.endswith('.pt')
+    found = (e.name for e in entries if e.is_symlink() or e.is_dir() or pt(e.name))
+    names = sorted(islice(found, source.limits.loras + 1))
+    is_file = lambda n: pt(n) and not (source.folder / n).is_dir()
+    return {n: partial(_read_pt if is_file(n) else _read_peft, source, n) for n in names}
 
 # %% ../../nbs/2_use/00_exchange.ipynb #f54fb241
 def _list_sources(source: _Source) -> dict:
