@@ -14,6 +14,7 @@ _DOOR = {
     'advise': 'use.advice.advise',
     'recycle': 'use.classifier.recycle',
     'FewShotClassifier': 'use.classifier.FewShotClassifier',
+    'compare': 'use.classifier.compare_loras',
 }
 __all__ = list(_DOOR)
 

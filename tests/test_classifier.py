@@ -23,8 +23,10 @@ from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+import lora_recycle
 from lora_recycle.jobs import Executor
 from lora_recycle.method.backbone import Backbone
+from lora_recycle.use import classifier
 from lora_recycle.use.classifier import (
     FewShotClassifier,
     PrototypeClassifier,
@@ -41,6 +43,7 @@ from lora_recycle.use.inputs import image_tensor
 from lora_recycle.method.distill import DistillConfig
 from lora_recycle.suite.evaluate import embed, nearest_prototype
 from lora_recycle.suite.episodes import Episodes
+from lora_recycle.suite.images import load_set
 from lora_recycle.use.exchange import Limits, hf_names, read_adapter
 from lora_recycle.method.inversion import InvertConfig
 from lora_recycle.method.lora import LoRA, average_products, new_lora, stack_loras
@@ -1106,3 +1109,88 @@ def test_a_misspelt_path_is_called_that(tmp_path):
     pil().save(tmp_path / 'photo.png')
     with pytest.raises(FileNotFoundError, match='image 1: .*photo.png'):
         FewShotClassifier(tiny()).fit([pil(), tmp_path / 'phto.png'], [0, 1])
+
+
+# ---- all queries at once, and several LoRAs on one support set
+
+
+def pile(n=30, seed=0):
+    "Points of two classes, one labelled point of each, far from the middle of its class"
+    gen = generator(seed, 'pile')
+    centres = torch.tensor([[3.0, 0.0, 0.0], [0.0, 3.0, 0.0]])
+    points = torch.cat([c + torch.randn(n, 3, generator=gen) for c in centres])
+    return [[1.2, 0.9, 0.0], [-1.5, 2.2, 0.0]], points.numpy(), np.repeat(['a', 'b'], n)
+
+
+@pytest.mark.parametrize('how', [True, 'bdcspn', 'laplacian'])
+def test_queries_that_are_seen_at_once_help_each_other(how):
+    support, points, truth = pile()
+    model = PrototypeClassifier().fit(support, ['a', 'b'])
+    alone = (model.predict(points) == truth).mean()
+    answers = model.predict(points, together=how)
+    assert answers.dtype == model.predict(points).dtype
+    assert (answers == truth).mean() > alone + 0.05
+    order = np.random.default_rng(0).permutation(len(points))
+    assert (model.predict(points[order], together=how) == answers[order]).all()
+    assert model.predict(support, together=how).tolist() == ['a', 'b']
+    assert model.predict(support[:1], together=how).shape == (1,)
+
+
+def test_at_once_with_unequal_classes_and_a_far_image():
+    support, points, truth = pile()
+    far = np.array([[0.0, 0.0, 90.0]])
+    model = PrototypeClassifier(reject='none').fit([*support, [2.0, 0.1, 0]], ['a', 'b', 'a'])
+    answers = model.predict(np.concatenate([points, far]), together='laplacian')
+    assert answers[-1] == 'none' and set(answers[:-1]) <= {'a', 'b', 'none'}
+    one = PrototypeClassifier().fit(support[:1], ['a'])
+    assert one.predict(points[:3], together=True).tolist() == ['a'] * 3
+    with pytest.raises(ValueError, match="together='tim'.*'bdcspn', 'laplacian'"):
+        model.predict(points, together='tim')
+
+
+def test_at_once_is_refused_where_it_is_stale(backbone, lora):
+    letters = load_set('digits')
+    model = FewShotClassifier(backbone).fit(letters.images[:10], letters.labels[:10])
+    model.predict(letters.images[:3], together=True)
+    model.set_params(meta_lora=lora)
+    with pytest.raises(NotFittedError, match='stale'):
+        model.predict(letters.images[:3], together=True)
+
+
+def test_loras_are_compared_on_the_same_images(backbone, lora):
+    digits = load_set('digits')
+    images, labels = digits.images[:30], digits.labels[:30].tolist()
+    loras = {'plain': None, 'mine': lora, 'again': None}
+    found = lora_recycle.compare(backbone, loras, images, labels)
+    assert found.index.tolist() == list(loras) and (found['n_images'] == 30).all()
+    assert found.loc['again', 'gain'] == 0 and 0 < found.loc['again', 'ci95'] < 15
+    assert found.loc['plain', ['gain', 'ci95']].tolist() == [0, 0]
+    right = []  # by hand: fit on all but one
+    for i in range(30):
+        rest = [j for j in range(30) if j != i]
+        model = FewShotClassifier(backbone, lora).fit(images[rest], [labels[j] for j in rest])
+        right.append(model.predict(images[i])[0] == labels[i])
+    assert found.loc['mine', 'right'] == pytest.approx(100 * np.mean(right))
+    named = lora_recycle.compare(backbone, {'plain': None}, images, list(map(str, labels)))
+    assert named.loc['plain', 'right'] == found.loc['plain', 'right']
+
+
+def test_what_cannot_be_compared(backbone, lora):
+    images = load_set('digits').images[:4]
+    for given, labels, why in (
+        ({}, [0, 0, 1, 1], 'a dict of one LoRA or more'),
+        ([None], [0, 0, 1, 1], 'a dict of one LoRA or more'),
+        ({'plain': None}, [0, 1, 2, 3], 'no class has two images'),
+        ({'plain': None}, [0, 0, 1], '4 images but 3 labels'),
+        ({'market': 3}, [0, 0, 1, 1], 'meta_lora is a int'),
+    ):
+        with pytest.raises(ValueError, match=why):
+            lora_recycle.compare(backbone, given, images, labels)
+
+
+def test_the_gain_of_one_lora_over_another_is_paired():
+    base = torch.tensor([True] * 50 + [False] * 50)
+    better = torch.tensor([True] * 60 + [False] * 40)
+    gain, half = classifier._paired_interval(better, base)
+    assert gain == pytest.approx(10 / 102) and 0 < gain - half
+    assert classifier._paired_interval(base, better)[0] == -gain

@@ -15,7 +15,7 @@ import pandas as pd
 
 from .claims import Verdict
 from .intervals import common_tasks, paired_difference
-from .methods import METHODS
+from .methods import METHODS, TRANSDUCTIVE
 from .results import PAPER_TABLES, SUPPLEMENT, paper_table, pivot_rows
 from .runs import SeedRun
 from ..core import check_choice
@@ -66,6 +66,7 @@ EXHIBITS += (
     Exhibit('Supplement, Table 9', 'real images, noise, or another set', 'data', 'dots.png'),
     Exhibit('not in the paper', 'more LoRAs in the market', 'market_size', 'growth.png'),
     Exhibit('not in the paper', 'average, merge or recycle', 'merging', 'dots.png'),
+    Exhibit('not in the paper', 'all queries of a task at once', 'together', 'dots.png'),
 )
 
 # %% ../../nbs/5_bench/09_report.ipynb #bd28f1a8
@@ -248,6 +249,11 @@ def write_markdown(
     return '\n'.join([join(head), join(rule), *map(join, lines)]) + '\n'
 
 # %% ../../nbs/5_bench/09_report.ipynb #5104a65e
+def _sees_all_queries(name: str) -> bool:
+    "Whether `name` is a method that sees all queries of a task before it answers one."
+    return name in METHODS and METHODS[name].family == TRANSDUCTIVE
+
+
 def _mark_best(text: pd.DataFrame, value: pd.DataFrame, rivals: list):
     "Bold for the best of each column among `rivals`, underline for the second."
     for c in value:
@@ -280,6 +286,7 @@ def write_values(
     )
     _mark_best(text, value[order], rivals)
     text.loc[bounds] = text.loc[bounds].map(lambda t: t and f'*{t}*')
+    titles |= {m: f'{titles[m]} †' for m in text.index if _sees_all_queries(m)}
     names = {m: f'*{titles[m]}*' if m in bounds else titles[m] for m in text.index}
     head = ['method', *(f'{dataset} {what}' for dataset, what in order)]
     return write_markdown(head, [[names[m], *text.loc[m]] for m in text.index])
@@ -355,6 +362,8 @@ def _write_facts(rows: pd.DataFrame) -> str:
         'with half of the 95 % interval over tasks, which does not hold the spread between '
         'training seeds. **Best**, <u>second</u>; *bounds* may see what recycling must not.'
     )
+    if any(map(_sees_all_queries, rows['method'])):
+        text += ' † sees all queries of a task before it answers one.'
     if rows['n_tasks'].nunique() > 1:
         text += (
             ' A method with fewer tasks solved the first of them: its cells do not compare with '

@@ -151,6 +151,7 @@ SUPPLEMENT = {
     'data': 'Table 9 of its supplement exchanges the synthetic images; ' + _NOT_OBTAINED,
     'patches': 'Table 6 of its supplement tells kept from dropped patches; ' + _NOT_OBTAINED,
     'market_size': 'The paper has no such table: its markets hold 100 LoRAs throughout.',
+    'together': 'The paper has no such table: it answers every query alone.',
     'merging': 'The paper has no such table: it compares with an average, and with no other merge.',
 }
 

@@ -10,9 +10,10 @@ __all__ = ['TASK_METHODS', 'BOTH', 'FINE_TUNED', 'SWITCHES', 'TUNING_FREE', 'LEV
            'draw_masks', 'draw_growth', 'draw_rates', 'rate_all_advice', 'draw_advice', 'score_teacher', 'patch_rows',
            'answer_every_class', 'every_class_rows', 'list_own_columns', 'list_shared_columns', 'make_domain_table',
            'make_ablation', 'make_duel', 'make_pruning_table', 'make_sparsity_table', 'make_tuning_table',
-           'make_what_table', 'make_zero_shot_table', 'make_merging_table', 'make_patch_table', 'draw_named',
-           'chosen_methods', 'table_at', 'choose_columns', 'name_columns', 'read_shots', 'own_scale', 'Place',
-           'table_columns', 'list_cells', 'accuracy_rows', 'make_features', 'make_cell', 'answer_cells', 'make_table']
+           'make_what_table', 'make_zero_shot_table', 'make_merging_table', 'make_together_table', 'make_patch_table',
+           'draw_named', 'chosen_methods', 'table_at', 'choose_columns', 'name_columns', 'read_shots', 'own_scale',
+           'Place', 'table_columns', 'list_cells', 'accuracy_rows', 'make_features', 'make_cell', 'answer_cells',
+           'make_table']
 
 # %% ../../nbs/5_bench/04_tables.ipynb #8cc9aede
 import io
@@ -58,6 +59,7 @@ from lora_recycle.bench.methods import (
     METHODS,
     MINIATURE_PLANS,
     SCALES,
+    TRANSDUCTIVES,
     Cell,
     Exam,
     Method,
@@ -731,6 +733,13 @@ def make_merging_table() -> Table:
     )
 
 
+def make_together_table() -> Table:
+    "Methods that see all queries of a task at once, against the same features one by one."
+    methods = ('nn', 'average', *(m.id for m in TRANSDUCTIVES))
+    gains = tuple((m.id, m.against) for m in TRANSDUCTIVES)
+    return Table('All queries at once', list_own_columns(IN_DOMAIN), methods, gains)
+
+
 def make_patch_table() -> Table:
     "Supplement: what kept patches teach, and what dropped ones do."
     levels = [(share, end) for share in (25, 50, 75) for end in ('', '-least')]
@@ -779,6 +788,7 @@ TABLES = dict(
         'Size of the market', (*_SIZES, '-16-images'), pictures=(draw_growth,)
     ),
     merging=make_merging_table(),
+    together=make_together_table(),
 )
 
 # %% ../../nbs/5_bench/04_tables.ipynb #382ae5c4

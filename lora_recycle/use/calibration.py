@@ -4,16 +4,22 @@
 
 # %% auto #0
 __all__ = ['GUESS', 'DOUBT', 'squared_distances', 'measure_spread', 'leave_one_out', 'fit_temperature', 'calibration_error',
-           'Nearness', 'fit_threshold']
+           'Task', 'list_tasks', 'try_probabilities', 'draw_reliability', 'Nearness', 'fit_threshold', 'try_rejection',
+           'draw_rejection']
 
 # %% ../../nbs/2_use/00_calibration.ipynb #c8f44d68
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor
+
+from ..suite.episodes import draw_episodes
+from ..suite.images import ImageSet
 
 # %% ../../nbs/2_use/00_calibration.ipynb #5137b310
 def squared_distances(
@@ -89,6 +95,82 @@ def calibration_error(
     error = ((table[:, 0] - table[:, 1]).abs() * table[:, 2]).sum().item()
     return error, table
 
+# %% ../../nbs/2_use/00_calibration.ipynb #cfdb01b0
+@dataclass(frozen=True)
+class Task:
+    "One episode as features: labelled ones, queries, and strangers of other classes."
+
+    support: Tensor  # [C*shot,D]
+    rows: Tensor  # their classes, int64 [C*shot]
+    queries: Tensor  # [q,D]
+    truth: Tensor  # their classes [q]
+    strangers: Tensor  # [u,D]
+    means: Tensor  # prototypes [C,D]
+    counts: Tensor  # supports of each class [C]
+
+    @property
+    def left_out(self) -> tuple[Tensor, Tensor]:
+        "What `leave_one_out` says of the supports."
+        return leave_one_out(self.support, self.rows, self.means, self.counts)
+
+
+def list_tasks(
+    data: ImageSet,  # its test classes are asked
+    features: Tensor,  # of all images of it [n,D]
+    shot: int,  # labelled images of a class, 1 or more
+    n_tasks: int = 100,  # 5-way, 10 queries a class
+    seed: int = 0,  # 0 or more
+) -> list[Task]:
+    "Episodes to try temperatures and thresholds on; every seventh other image is a stranger."
+    episodes = draw_episodes(data, 'test', n_tasks, 5, shot, 10, seed)
+    found = []
+    for support, query, classes in zip(episodes.support, episodes.query, episodes.classes):
+        f = features[support]
+        rows = torch.arange(5).repeat_interleave(shot)
+        truth = torch.arange(5).repeat_interleave(10)
+        others = features[~torch.isin(data.labels, classes)][::7]
+        given = (f.flatten(0, 1), rows, features[query].flatten(0, 1), truth, others)
+        found.append(Task(*given, f.mean(1), torch.full((5,), shot)))
+    return found
+
+# %% ../../nbs/2_use/00_calibration.ipynb #0d2a2a47
+def try_probabilities(
+    tasks: list[Task],  # of one set and number of shots
+    temperature: float | None = None,  # None: the fitted one of each task
+) -> tuple[Tensor, Tensor]:  # probabilities [n,C] and true classes [n] of all queries
+    "How sure an estimator is of the queries of many tasks."
+    chances = []
+    for task in tasks:
+        t = temperature or fit_temperature(*task.left_out, measure_spread(task.means))
+        chances.append(squared_distances(task.queries, task.means).div(-t).softmax(1))
+    return torch.cat(chances), torch.cat([task.truth for task in tasks])
+
+
+_STYLES = {1: '--', 5: '-'}  # of lines, by shots
+
+
+def draw_reliability(
+    tasks: dict,  # name of a set -> shots (1, 5) -> its tasks
+) -> tuple[Figure, list[dict]]:  # rows: set, shot, accuracy, error_before and error_after
+    "Probability given against share right, at temperature 1 (grey) and at the fitted one."
+    fig, axes = plt.subplots(1, len(tasks), figsize=(2.1 * len(tasks), 2.4), sharey=True)
+    rows = []
+    for ax, (name, by_shot) in zip(axes, tasks.items()):
+        for shot, found in by_shot.items():
+            row = dict(set=name, shot=shot)
+            for colour, key, t in (('0.6', 'before', 1.0), ('C0', 'after', None)):
+                chances, truth = try_probabilities(found, t)
+                error, table = calibration_error(chances, truth)
+                table = table[table[:, 2] > 0.005]
+                ax.plot(table[:, 0], table[:, 1], _STYLES[shot], marker='.', color=colour)
+                row[f'error_{key}'] = 100 * error
+            row['accuracy'] = 100 * (chances.argmax(1) == truth).double().mean().item()
+            rows.append(row)
+        ax.plot([0, 1], [0, 1], ':', color='k', lw=1)
+        ax.set(title=name, xlabel='probability given')
+    axes[0].set_ylabel('share right')
+    return fig, rows
+
 # %% ../../nbs/2_use/00_calibration.ipynb #e52b0b56
 @dataclass(frozen=True)
 class Nearness:
@@ -115,3 +197,38 @@ def fit_threshold(
     variance = (prior.weight * (prior.sd**2 + (prior.mean - mean) ** 2) + deviation) / weight
     z = NormalDist().inv_cdf(1 - false_rejects)
     return spread * math.exp(mean + z * math.sqrt(variance))
+
+# %% ../../nbs/2_use/00_calibration.ipynb #ebb86e48
+def try_rejection(
+    tasks: list[Task],  # of one set and number of shots
+) -> tuple[Tensor, Tensor]:  # of known and of unknown images, over the threshold; 1: just on it
+    "Distances to the nearest class over the threshold for 10 % false rejects."
+    known = []
+    unknown = []
+    for task in tasks:
+        threshold = fit_threshold(task.left_out[0], measure_spread(task.means))
+        for found, images in ((known, task.queries), (unknown, task.strangers)):
+            found.append(squared_distances(images, task.means).min(1).values / threshold)
+    return torch.cat(known), torch.cat(unknown)
+
+
+def draw_rejection(
+    tasks: dict,  # name of a set -> shots (1, 5) -> its tasks
+) -> tuple[Figure, list[dict]]:  # rows: set, shot, false_rejects and false_accepts, in percent
+    "False accepts against false rejects; a dot where the threshold stands."
+    fig, axes = plt.subplots(1, len(tasks), figsize=(2.1 * len(tasks), 2.4), sharey=True)
+    rows = []
+    for ax, (name, by_shot) in zip(axes, tasks.items()):
+        for shot, found in by_shot.items():
+            known, unknown = try_rejection(found)
+            cuts = torch.cat([known, unknown]).quantile(torch.linspace(0, 1, 60).double())
+            refused = [(known > c).double().mean() for c in cuts]
+            accepted = [(unknown <= c).double().mean() for c in cuts]
+            ax.plot(refused, accepted, _STYLES[shot], color='C0')
+            dot = (known > 1).double().mean().item(), (unknown <= 1).double().mean().item()
+            ax.plot(*dot, 'o', color='C1')
+            shares = dict(false_rejects=100 * dot[0], false_accepts=100 * dot[1])
+            rows.append(dict(set=name, shot=shot) | shares)
+        ax.set(title=name, xlabel='false rejects')
+    axes[0].set_ylabel('false accepts')
+    return fig, rows
