@@ -10,7 +10,7 @@ config.read(here / 'settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
 bench = cfg['bench_requirements'].split()
 ray = cfg['ray_requirements'].split()
-kinds = ('json', 'csv', 'safetensors', 'html', 'css', 'js')
+kinds = ('json', 'csv', 'safetensors', 'html', 'css', 'js', 'jpg')
 
 setup(
     version=cfg['version'],

@@ -1,7 +1,7 @@
 """The page answers as FewShotClassifier does, says what is wrong in one sentence, lets nobody else in, and works in headless Chromium without a network.
 
 The browser tests need chromium on the path and the package playwright, and are skipped, with the reason, where either is missing.
-`python tests/test_page.py` makes the screenshot nbs/images/page.png."""
+`python tests/test_page.py` makes the screenshot nbs/2_use/images/page.png."""
 
 import base64
 import contextlib
@@ -63,12 +63,12 @@ MISSING = (
 
 @pytest.fixture(scope='module')
 def page():
-    return make_page()
+    return make_page('miniature')
 
 
 @pytest.fixture(scope='module')
 def sent():
-    return example()
+    return example('digits', n_query=1)
 
 
 def data_of(image, kind='PNG', **options):
@@ -108,7 +108,7 @@ def test_a_support_image_is_its_own_nearest_and_the_numbers_fit(page, sent):
         page.backbone.side,
     )
     answer = classify(page, asked)
-    assert [tuple(p['nearest']) for p in answer['predictions']] == [
+    assert [tuple(p['nearest'][0]) for p in answer['predictions']] == [
         (0, 0),
         (1, 0),
         (1, 1),
@@ -118,7 +118,9 @@ def test_a_support_image_is_its_own_nearest_and_the_numbers_fit(page, sent):
     ]
     assert [len(s) for s in answer['supports']] == [1, 2, 3]
     for p in answer['predictions']:
-        assert p['seen'] == answer['supports'][p['nearest'][0]][p['nearest'][1]]
+        c, i = p['nearest'][0]
+        assert p['seen'] == answer['supports'][c][i]
+        assert len({tuple(place) for place in p['nearest']}) == 3
     model = FewShotClassifier(page.backbone, page.lora).fit(asked.support, asked.labels)
     features = FewShotClassifier(page.backbone, page.lora).fit(asked.support, range(6)).prototypes_
     for c, rows in enumerate((slice(0, 1), slice(1, 3), slice(3, 6))):
@@ -149,18 +151,34 @@ def test_kept_patches_are_the_most_attended(page, sent):
     )
 
 
-def test_examples_are_recognised(page):
-    "Most of 40 queries; the file names tell the truth"
-    for name in page_module.EXAMPLES:
-        right = []
-        for seed in range(8):
-            request = example(name, seed)
-            answer = classify(page, read_request(request, page.backbone.side))
+@pytest.fixture(scope='module')
+def photo_page():
+    return make_page()
+
+
+@pytest.mark.parametrize('name', page_module.EXAMPLES)
+def test_examples_are_recognised(page, photo_page, name):
+    "Most of the queries, by what is meant for them; the file names tell the truth"
+    right = []
+    for used in (photo_page,) if name == 'photos' else (page, photo_page):
+        for seed in range(8 if used is page else 3):
+            request = example(name, seed, n_query=1)
+            answer = classify(used, read_request(request, used.backbone.side))
             right += [
                 p['label'] == q['name'].removesuffix('.png')
                 for p, q in zip(answer['predictions'], request['queries'])
             ]
-        assert len(right) == 40 and sum(right) > 24, (name, sum(right))
+    assert sum(right) > 0.6 * len(right), (name, sum(right), len(right))
+
+
+def test_the_photos_that_ship_name_their_source(photo_page):
+    about = json.loads((files('lora_recycle') / 'assets' / 'page' / 'photos.json').read_text())
+    assert 'Caltech-101' in about['source'] and 'CC BY' in about['source']
+    request = example()
+    assert len(request['names']) == 4 and set(request['names']) == set(about['classes'])
+    asked = read_request(request, photo_page.backbone.side)
+    assert (len(asked.support), len(asked.queries)) == (12, 8)
+    assert 'miniature-photo with the average of the 4 shipped LoRAs' in photo_page.about
 
 
 @pytest.mark.parametrize('kind', ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF'))
@@ -271,7 +289,7 @@ def test_a_saved_meta_lora_is_loaded(page, sent, tmp_path):
     market, _ = read_market(files('lora_recycle') / 'assets/market', page.backbone)
     meta = recycle(page.backbone, market[:2], 'smoke')
     save_meta_lora(tmp_path / 'meta', meta, name='mine')
-    loaded = make_page(meta_lora=tmp_path / 'meta')
+    loaded = make_page('miniature', tmp_path / 'meta')
     assert loaded.about == "miniature with the meta-LoRA 'mine'"
     torch.testing.assert_close(loaded.lora.A @ loaded.lora.B, meta.lora.A @ meta.lora.B)
     assert (
@@ -284,6 +302,8 @@ def test_other_backbones_and_loras(page, tmp_path):
     lora = new_lora(4, 128, 2, generator(0))
     assert make_page(page.backbone, lora).about == 'miniature with a LoRA of rank 2'
     with pytest.raises(ValueError, match='not a Backbone'):
+        make_page(3)
+    with pytest.raises(ValueError, match="backbone='ViT-B-32'.*'miniature-photo', 'miniature'"):
         make_page('ViT-B-32')
     with pytest.raises(ValueError, match='not a LoRA'):
         make_page(page.backbone, 3)
@@ -465,7 +485,8 @@ browser_test = pytest.mark.skipif(
 
 
 @browser_test
-def test_example_in_a_browser(page, sent):
+def test_example_in_a_browser(page):
+    sent = example('digits')
     with browsing(page) as (tab, asked, noise, url):
         tab.click('#digits')
         tab.wait_for_selector('#classes .drop >> nth=4')
@@ -536,20 +557,96 @@ def test_files_can_be_dropped_and_a_stopped_server_is_named(page):
         assert 'does not answer' in wrong(tab)
 
 
+_DROP = """([data, n, where]) => {
+  const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
+  const t = new DataTransfer();
+  for (let i = 0; i < n; i++) t.items.add(new File([bytes], `photo ${i}.jpg`, {type: 'image/jpeg'}));
+  window.gap = 0;
+  let last = performance.now();
+  setInterval(() => {
+    window.gap = Math.max(window.gap, performance.now() - last);
+    last = performance.now();
+  }, 20);
+  const zone = document.querySelector(where);
+  const how = {dataTransfer: t, bubbles: true, cancelable: true};
+  zone.dispatchEvent(new DragEvent('drop', how));
+}"""
+
+
+@browser_test
+def test_200_large_photos_at_once_neither_block_nor_exhaust_it(page):
+    photo = data_of(Image.new('RGB', (4000, 3000), (200, 60, 30)), 'JPEG').rpartition(',')[2]
+    with browsing(page) as (tab, _, noise, _):
+        tab.set_default_timeout(240_000)
+        tab.click('#digits')
+        tab.wait_for_selector('#classes .drop >> nth=4')
+        tab.evaluate(_DROP, [photo, 200, '#queries .drop'])
+        tab.wait_for_selector("#state:has-text('reading')")
+        assert tab.evaluate('document.body.clientWidth') > 0  # it still answers
+        tab.wait_for_selector('#queries button.thumb >> nth=209')
+        assert tab.evaluate('window.gap') < 3000  # milliseconds in which nothing could be clicked
+        sizes = tab.evaluate('queries.map(q => q.data.length)')
+        assert len(sizes) == 210 and max(sizes) < 2**20
+        found = classified(tab)
+        assert len(found) == 210 and '210 predictions' in tab.inner_text('#state')
+        assert len({label for name, label in found if name.startswith('photo')}) == 1
+        assert not noise, noise
+
+
+@browser_test
+def test_the_keyboard_alone_is_enough(photo_page):
+    with browsing(photo_page) as (tab, _, noise, _):
+        tab.focus('#photos')
+        tab.keyboard.press('Enter')
+        tab.wait_for_selector('#classes .drop >> nth=3')
+        tab.focus('#reject')
+        tab.keyboard.press('Space')
+        tab.focus('#go')
+        tab.keyboard.press('Enter')
+        tab.wait_for_selector('tr.prediction >> nth=7')
+        assert tab.evaluate('document.activeElement.id') == 'predictions'
+        assert '8 predictions' in tab.inner_text('#state')
+        assert len(tab.query_selector_all('tr.prediction >> nth=0 >> figure img')) == 3
+        tab.focus('#queries button.thumb >> nth=1')
+        tab.keyboard.press('Enter')  # removes it, and the next one has the focus
+        assert tab.evaluate('document.activeElement.dataset.key') == 'the queries 1'
+        assert len(tab.query_selector_all('#queries button.thumb')) == 7
+        assert not noise, noise
+
+
+_UNNAMED = """() => [...document.querySelectorAll('button, input, img, [role=group]')]
+  .filter(e => !(e.ariaLabel || e.alt || e.textContent.trim() || e.labels?.length))
+  .map(e => e.outerHTML.slice(0, 120))"""
+
+
+@browser_test
+def test_a_screen_reader_finds_a_name_for_everything(photo_page):
+    with browsing(photo_page) as (tab, *_):
+        tab.click('#photos')
+        tab.wait_for_selector('#classes .drop >> nth=3')
+        classified(tab)
+        assert tab.evaluate(_UNNAMED) == []
+        assert tab.get_attribute('#state', 'aria-live') == 'polite'
+        assert tab.query_selector('table caption') and tab.query_selector('html[lang=en]')
+        alts = [i.get_attribute('alt') for i in tab.query_selector_all('tr.prediction img')]
+        assert len(alts) == 8 * 5 and len(set(alts[:3])) == 3
+
+
 def screenshot(path):
-    "The page with its first example classified, as a PNG of few colours"
+    "The page with its first example, 20 photos of 4 classes, classified; a PNG of few colours"
     with browsing(make_page(), viewport=dict(width=900, height=600), color_scheme='light') as (
         tab,
         *_,
     ):
-        tab.click('#digits')
-        tab.wait_for_selector('#classes .drop >> nth=4')
+        tab.click('#photos')
+        tab.wait_for_selector('#classes .drop >> nth=3')
         classified(tab)
         picture = Image.open(io.BytesIO(tab.screenshot(full_page=True))).convert('RGB')
     Path(path).parent.mkdir(exist_ok=True)
+    picture = picture.resize((picture.width * 2 // 3, picture.height * 2 // 3))
     picture.quantize(64).save(path, optimize=True)
     return picture.size, os.path.getsize(path)
 
 
 if __name__ == '__main__':
-    print(MISSING or screenshot(ROOT / 'nbs/images/page.png'))
+    print(MISSING or screenshot(ROOT / 'nbs/2_use/images/page.png'))

@@ -632,7 +632,7 @@ def _learn_named(chain: Chain, kind: str, settings: object, learn: Callable) -> 
 
     return unpack_lora(chain.store.get(kind, key, make))
 
-# %% ../../nbs/5_bench/03_methods.ipynb #4c5d6a10
+# %% ../../nbs/5_bench/03_methods.ipynb #67b82792
 def predict_together(
     chain: Chain,  # stages, store, backbone
     exam: Exam,  # episodes and sizes
@@ -765,6 +765,8 @@ _AVERAGE_CUT = Method(
     against='average',
     **_RIVAL,
 )
+
+# %% ../../nbs/5_bench/03_methods.ipynb #e997628c
 TRANSDUCTIVE = 'transductive'  # sees all queries of a task before it answers one
 _together = lambda name, lora_of: dict(
     role='rival',

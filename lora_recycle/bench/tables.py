@@ -732,7 +732,7 @@ def make_merging_table() -> Table:
         'Average, merge or recycle', columns, methods, pictures=(draw_advice,), quick=quick
     )
 
-
+# %% ../../nbs/5_bench/04_tables.ipynb #ab93122e
 def make_together_table() -> Table:
     "Methods that see all queries of a task at once, against the same features one by one."
     methods = ('nn', 'average', *(m.id for m in TRANSDUCTIVES))

@@ -128,7 +128,7 @@ def choose_tip(
     }
     return max(right, key=right.get)
 
-# %% ../../nbs/4_rivals/00_features.ipynb #6fac480b
+# %% ../../nbs/4_rivals/00_features.ipynb #b8a5bb70
 def _mean_of_each(x: Tensor, rows: Tensor) -> Tensor:
     "Mean of x [n,D] for each class number in `rows` [n], all there; [C,D]."
     n_classes = int(rows.max()) + 1
@@ -143,7 +143,7 @@ def _align(support: Tensor, rows: Tensor, query: Tensor) -> tuple[Tensor, Tensor
     prototypes = _mean_of_each(support, rows)
     return support, query + prototypes.mean(0) - query.mean(0), prototypes
 
-
+# %% ../../nbs/4_rivals/00_features.ipynb #a753fb24
 def solve_bdcspn(
     support: Tensor,  # features [n,D]
     rows: Tensor,  # class of each, int64 [n], 0 to C-1
@@ -165,7 +165,7 @@ def solve_bdcspn(
         rectified.append((sharpness * alike).softmax(0) @ members)
     return (unit @ F.normalize(torch.stack(rectified), dim=-1).T).argmax(-1)
 
-# %% ../../nbs/4_rivals/00_features.ipynb #fd551dee
+# %% ../../nbs/4_rivals/00_features.ipynb #091041eb
 _ROUNDS = 20  # of the votes
 
 
@@ -188,7 +188,7 @@ def solve_laplacian(
         share = (nearness + weight * votes @ share).softmax(-1)
     return share.argmax(-1)
 
-
+# %% ../../nbs/4_rivals/00_features.ipynb #30603506
 TOGETHER = dict(bdcspn=solve_bdcspn, laplacian=solve_laplacian)
 
 

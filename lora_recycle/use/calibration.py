@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GUESS', 'DOUBT', 'squared_distances', 'measure_spread', 'leave_one_out', 'fit_temperature', 'calibration_error',
-           'Task', 'list_tasks', 'try_probabilities', 'draw_reliability', 'Nearness', 'fit_threshold', 'try_rejection',
-           'draw_rejection']
+           'FewShotTask', 'list_tasks', 'try_probabilities', 'draw_reliability', 'Nearness', 'fit_threshold',
+           'try_rejection', 'draw_rejection']
 
 # %% ../../nbs/2_use/00_calibration.ipynb #c8f44d68
 import math
@@ -95,9 +95,9 @@ def calibration_error(
     error = ((table[:, 0] - table[:, 1]).abs() * table[:, 2]).sum().item()
     return error, table
 
-# %% ../../nbs/2_use/00_calibration.ipynb #cfdb01b0
+# %% ../../nbs/2_use/00_calibration.ipynb #bf541a58
 @dataclass(frozen=True)
-class Task:
+class FewShotTask:
     "One episode as features: labelled ones, queries, and strangers of other classes."
 
     support: Tensor  # [C*shot,D]
@@ -113,14 +113,14 @@ class Task:
         "What `leave_one_out` says of the supports."
         return leave_one_out(self.support, self.rows, self.means, self.counts)
 
-
+# %% ../../nbs/2_use/00_calibration.ipynb #bf091784
 def list_tasks(
     data: ImageSet,  # its test classes are asked
     features: Tensor,  # of all images of it [n,D]
     shot: int,  # labelled images of a class, 1 or more
     n_tasks: int = 100,  # 5-way, 10 queries a class
     seed: int = 0,  # 0 or more
-) -> list[Task]:
+) -> list[FewShotTask]:
     "Episodes to try temperatures and thresholds on; every seventh other image is a stranger."
     episodes = draw_episodes(data, 'test', n_tasks, 5, shot, 10, seed)
     found = []
@@ -130,12 +130,12 @@ def list_tasks(
         truth = torch.arange(5).repeat_interleave(10)
         others = features[~torch.isin(data.labels, classes)][::7]
         given = (f.flatten(0, 1), rows, features[query].flatten(0, 1), truth, others)
-        found.append(Task(*given, f.mean(1), torch.full((5,), shot)))
+        found.append(FewShotTask(*given, f.mean(1), torch.full((5,), shot)))
     return found
 
-# %% ../../nbs/2_use/00_calibration.ipynb #0d2a2a47
+# %% ../../nbs/2_use/00_calibration.ipynb #93ec488b
 def try_probabilities(
-    tasks: list[Task],  # of one set and number of shots
+    tasks: list[FewShotTask],  # of one set and number of shots
     temperature: float | None = None,  # None: the fitted one of each task
 ) -> tuple[Tensor, Tensor]:  # probabilities [n,C] and true classes [n] of all queries
     "How sure an estimator is of the queries of many tasks."
@@ -145,7 +145,7 @@ def try_probabilities(
         chances.append(squared_distances(task.queries, task.means).div(-t).softmax(1))
     return torch.cat(chances), torch.cat([task.truth for task in tasks])
 
-
+# %% ../../nbs/2_use/00_calibration.ipynb #f7d2d137
 _STYLES = {1: '--', 5: '-'}  # of lines, by shots
 
 
@@ -198,9 +198,9 @@ def fit_threshold(
     z = NormalDist().inv_cdf(1 - false_rejects)
     return spread * math.exp(mean + z * math.sqrt(variance))
 
-# %% ../../nbs/2_use/00_calibration.ipynb #ebb86e48
+# %% ../../nbs/2_use/00_calibration.ipynb #9f5a6ed1
 def try_rejection(
-    tasks: list[Task],  # of one set and number of shots
+    tasks: list[FewShotTask],  # of one set and number of shots
 ) -> tuple[Tensor, Tensor]:  # of known and of unknown images, over the threshold; 1: just on it
     "Distances to the nearest class over the threshold for 10 % false rejects."
     known = []
@@ -211,7 +211,7 @@ def try_rejection(
             found.append(squared_distances(images, task.means).min(1).values / threshold)
     return torch.cat(known), torch.cat(unknown)
 
-
+# %% ../../nbs/2_use/00_calibration.ipynb #4a024ef6
 def draw_rejection(
     tasks: dict,  # name of a set -> shots (1, 5) -> its tasks
 ) -> tuple[Figure, list[dict]]:  # rows: set, shot, false_rejects and false_accepts, in percent

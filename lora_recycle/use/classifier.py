@@ -237,6 +237,15 @@ def _distances(model, features: Tensor) -> Tensor:
     return torch.cat([squared_distances(part, prototypes) for part in features.split(256)])
 
 
+def _name_answers(model, rows: Tensor, nearest: Tensor) -> np.ndarray:
+    "Labels of the classes `rows`, and `reject` where the nearest class is too far."
+    if model.reject is None:
+        return model.classes_[rows.numpy()]
+    answers = class_array([*model.classes_.tolist(), model.reject])
+    strange = nearest > model.threshold_
+    return answers[rows.masked_fill(strange, len(model.classes_)).numpy()]
+
+
 def _choose_together(model, features: Tensor, name: str) -> Tensor:
     "Class number of each of the features [n,D], all of them seen at once by the method `name`."
     solve = TOGETHER[check_choice('together', name, TOGETHER)]
@@ -294,16 +303,12 @@ class PrototypeClassifier(_Learner):
         return distances.div(-t).softmax(1).numpy()
 
     def predict(self, X, together=False) -> np.ndarray:
-        "The class of each of X [n], or `reject`; together: 'bdcspn' (True), 'laplacian', see above."
+        "The class of each of X [n], or `reject`; together: True, 'bdcspn' or 'laplacian'."
         features = _read_queries(self, X)
         nearest, rows = _distances(self, features).min(1)
         if together:
             rows = _choose_together(self, features, 'bdcspn' if together is True else together)
-        if self.reject is None:
-            return self.classes_[rows.numpy()]
-        answers = class_array([*self.classes_.tolist(), self.reject])
-        strange = nearest > self.threshold_
-        return answers[rows.masked_fill(strange, len(self.classes_)).numpy()]
+        return _name_answers(self, rows, nearest)
 
     def score(self, X, y) -> float:
         "Share of X that get their label; `reject` is the label of what is none of the classes."
@@ -555,7 +560,7 @@ class FewShotClassifier(_ImageLearner):
         features = t['support'].numpy(), t['rows'].numpy()
         return _set(model, _Memory(found['classes'], sums, counts, *features))
 
-# %% ../../nbs/2_use/01_classifier.ipynb #8a839184
+# %% ../../nbs/2_use/01_classifier.ipynb #3fcc1bdb
 def _left_out_answers(features: Tensor, rows: Tensor, n_classes: int) -> Tensor:
     "Whether each image that is not alone in its class is right when it is left out; [m]."
     counts = torch.bincount(rows, minlength=n_classes)
@@ -573,7 +578,7 @@ def _paired_interval(right: Tensor, base: Tensor) -> tuple[float, float]:
     gain = (won - lost) / n
     return gain, 1.96 * math.sqrt((won + lost) / n - gain**2) / math.sqrt(n)
 
-
+# %% ../../nbs/2_use/01_classifier.ipynb #ac9d7e65
 def compare_loras(
     backbone: Backbone,  # frozen
     loras: dict,  # name -> a single LoRA, or None for the plain backbone; the first is the base
@@ -596,7 +601,7 @@ def compare_loras(
         answers[name] = _left_out_answers(features, rows, len(classes))
     return _describe_answers(answers)
 
-# %% ../../nbs/2_use/01_classifier.ipynb #a2fbcfc6
+# %% ../../nbs/2_use/01_classifier.ipynb #97e2cd52
 def _describe_answers(answers: dict) -> pd.DataFrame:
     "A line for each name: share right, gain over the first with its interval, and of how many."
     base = next(iter(answers.values()))

@@ -22,6 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -31,8 +32,9 @@ from ..method.backbone import Backbone, blank_dropped, encode, normalise
 from ..method.lora import LoRA, average_products
 from ..suite.episodes import draw_episodes
 from ..suite.evaluate import embed
-from ..suite.images import load_set
-from ..suite.miniature import load_miniature
+from ..suite.images import ImageSet, keep_for, load_set
+from ..suite.miniature import PHOTO, load_miniature
+from ..suite.reading import read_image
 from .calibration import squared_distances
 from .classifier import PrototypeClassifier, check_lora, load_meta_lora
 from .exchange import Limits, backbone_from_hf, parse_json, read_market
@@ -58,42 +60,49 @@ def _find_lora(backbone: Backbone, meta_lora, limits: Limits) -> tuple[LoRA | No
     return lora, 'no LoRA' if lora is None else f'a LoRA of rank {lora.rank}'
 
 
-@lru_cache(maxsize=1)
-def _average_shipped() -> tuple[LoRA, str]:
-    "The average of the shipped LoRAs, and a few words about it."
-    market, _ = read_market(files('lora_recycle') / 'assets' / 'market', load_miniature())
-    return average_products(market), f'the average of the {market.size} shipped LoRAs'
+_MARKETS = {PHOTO: 'market-photo', 'miniature': 'market'}  # shipped LoRAs of shipped backbones
+
+
+@lru_cache(maxsize=2)
+def _load_shipped(name: str) -> tuple[Backbone, LoRA, str]:
+    "A shipped backbone, the average of its shipped LoRAs, and a few words about that."
+    backbone = load_miniature(check_choice('backbone', name, _MARKETS))
+    market, _ = read_market(files('lora_recycle') / 'assets' / _MARKETS[name], backbone)
+    words = f'the average of the {market.size} shipped LoRAs'
+    return backbone, average_products(market), words
 
 # %% ../../nbs/2_use/02_page.ipynb #a4b663c4
 def make_page(
-    backbone: Backbone | None = None,  # None: the miniature
+    backbone: Backbone | str = PHOTO,  # or the name of one that ships: 'miniature' for glyphs
     meta_lora=None,  # a LoRA, a folder of `save_meta_lora`, or None
     temperature: float | str = 'auto',  # of the softmax; 'auto': by the labelled images
     limits: Limits = Limits(),  # the most that a folder may hold
 ) -> Page:
-    "A page; no LoRA is the average of the shipped ones for the miniature. ValueError."
-    if backbone is not None and not isinstance(backbone, Backbone):
+    "A page; for a name, no LoRA is the average of the shipped ones. ValueError."
+    if not isinstance(backbone, (Backbone, str)):
         raise ValueError(
             f'backbone is a {type(backbone).__name__}, not a Backbone; '
             'exchange.backbone_from_hf reads one from a folder'
         )
     PrototypeClassifier(temperature).fit([[0.0]], [0])  # whether the temperature is legal
-    shipped = backbone is None and meta_lora is None
-    backbone = load_miniature() if backbone is None else backbone
-    lora, words = _average_shipped() if shipped else _find_lora(backbone, meta_lora, limits)
+    shipped = isinstance(backbone, str)
+    if shipped:
+        backbone, lora, words = _load_shipped(backbone)
+    if not shipped or meta_lora is not None:
+        lora, words = _find_lora(backbone, meta_lora, limits)
     lora = lora and lora.map(lambda t: t.to(backbone.device))
     return Page(backbone, lora, f'{backbone.name} with {words}', temperature)
 
 # %% ../../nbs/2_use/02_page.ipynb #3bda4b51
 KINDS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')
-MOST = dict(  # of one request; the browser makes files above `file_bytes` at most `side` wide
+MOST = dict(  # of one request; the browser makes larger images at most `side` wide
     classes=8,
     support=20,
     queries=40,
     pixels=50_000_000,
     request_bytes=2**27,
     file_bytes=2**20,
-    side=1024,
+    side=512,
 )
 
 
@@ -238,19 +247,34 @@ def read_request(
     )
 
 # %% ../../nbs/2_use/02_page.ipynb #33d3339b
-EXAMPLES = ('digits', 'armenian')
+EXAMPLES = ('photos', 'digits', 'armenian')
 
 
+@lru_cache(maxsize=1)
+def _read_photos() -> ImageSet:
+    "The photos that ship with the page: four classes of five, one class a line of the picture."
+    folder = files('lora_recycle') / 'assets' / 'page'
+    about = json.loads((folder / 'photos.json').read_text(encoding='utf-8'))
+    sheet = read_image(folder / 'photos.jpg')
+    side = about['side']
+    pixels = torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
+    images = pixels.unfold(1, side, side).unfold(2, side, side).permute(1, 2, 0, 3, 4).flatten(0, 1)
+    classes = tuple(about['classes'])
+    labels = torch.arange(len(classes)).repeat_interleave(about['columns'])
+    return ImageSet('photos', images, labels, classes, keep_for('test', len(classes)))
+
+# %% ../../nbs/2_use/02_page.ipynb #bb784d9b
 def example(
-    name: str = 'digits',  # one of `EXAMPLES`
+    name: str = 'photos',  # one of `EXAMPLES`
     seed: int = 0,  # of the episode
-    way: int = 5,  # classes
+    way: int = 5,  # classes, at most
     shot: int = 3,  # labelled images of each
-    n_query: int = 1,  # images of each to classify
+    n_query: int = 2,  # images of each to classify
 ) -> dict:  # as the page sends it; file names say what the images are
-    "A request made of one episode of an embedded set."
-    data = load_set(check_choice('name', name, EXAMPLES), 12)  # 12 drawn letters are enough
-    data = data.split('test')
+    "A request made of one episode of the shipped photos or of an embedded set."
+    check_choice('name', name, EXAMPLES)
+    data = _read_photos() if name == 'photos' else load_set(name, 12).split('test')
+    way = min(way, len(data.splits['test']))
     episode = draw_episodes(data, 'test', 1, way, shot, n_query, seed)
 
     def image(row):
@@ -284,12 +308,16 @@ def kept_patches(
     return blank_dropped(opaque, kept, backbone.patch), kept
 
 # %% ../../nbs/2_use/02_page.ipynb #0cb3cdab
+_NEAREST = 3  # labelled images that are shown beside a query
+
+
 def _answer(request: Request, model: PrototypeClassifier, features: Tensor) -> list[dict]:
     "For each query, features [n+q,D] behind those of the supports: what it is taken for, and why."
     n = len(request.support)
     queries = features[n:].numpy()
     where = [[c, i] for c, m in enumerate(model.counts_.tolist()) for i in range(m)]
-    nearest = squared_distances(features[n:], features[:n]).argmin(1).tolist()
+    apart = squared_distances(features[n:], features[:n])
+    nearest = apart.topk(min(_NEAREST, n), largest=False).indices.tolist()
     refused = model.predict(queries) == -1
     answers = []
     for chances, near, no in zip(model.predict_proba(queries), nearest, refused):
@@ -297,7 +325,7 @@ def _answer(request: Request, model: PrototypeClassifier, features: Tensor) -> l
             dict(
                 label=request.names[chances.argmax()],
                 probabilities=chances.tolist(),
-                nearest=where[near],
+                nearest=[where[i] for i in near],
                 refused=bool(no and request.reject),
             )
         )
@@ -507,7 +535,7 @@ def serve_page(
 
 # %% ../../nbs/2_use/02_page.ipynb #2ccd3587
 def launch(
-    backbone: Backbone | None = None,  # see `make_page`
+    backbone: Backbone | str = PHOTO,  # see `make_page`
     meta_lora=None,  # likewise
     port: int = 7860,  # of 127.0.0.1; 0 takes a free one
     temperature: float | str = 'auto',  # see `make_page`
@@ -521,13 +549,13 @@ def launch(
 _OPTIONS = {
     '--backbone': dict(
         metavar='FOLDER',
-        help='a CLIP of transformers with config.json and model.safetensors '
-        '(default: the embedded miniature)',
+        help='a CLIP of transformers with config.json and model.safetensors, or '
+        '"miniature", which ships for drawn letters (default: what ships for photos)',
     ),
     '--meta': dict(
         metavar='FOLDER',
-        help='a meta-LoRA written by save_meta_lora (default: for the miniature, '
-        'the average of the shipped LoRAs)',
+        help='a meta-LoRA written by save_meta_lora (default: for what '
+        'ships, the average of the shipped LoRAs)',
     ),
     '--port': dict(
         type=int, default=7860, help='of 127.0.0.1; 0 takes a free one (default: %(default)s)'
@@ -561,7 +589,9 @@ def main(
         parser.add_argument(name, **option)
     given = parser.parse_args(args)
     try:
-        backbone = backbone_from_hf(given.backbone) if given.backbone else None
+        backbone = given.backbone or PHOTO
+        if backbone not in _MARKETS:
+            backbone = backbone_from_hf(backbone)
         temperature = _read_temperature(given.temperature)
         page = make_page(backbone, given.meta, temperature, Limits(links=given.links))
         serve_page(page, given.port, given.open)

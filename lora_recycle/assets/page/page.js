@@ -37,11 +37,13 @@ function readFile(blob, name) {
   });
 }
 
-// A photo of many megapixels is made smaller here; null if the browser cannot read it.
+// A photo of many megapixels is made smaller here; null if it is small, or cannot be read here.
+// Decoding is done beside the page, one picture at a time, and its memory is given back at once.
 async function shrink(file) {
   let bitmap;
   try { bitmap = await createImageBitmap(file); } catch (e) { return null; }
   const scale = Math.min(1, SETTINGS.most.side / Math.max(bitmap.width, bitmap.height));
+  if (scale === 1 && file.size <= SETTINGS.most.file_bytes) { bitmap.close(); return null; }
   const width = Math.max(1, Math.round(bitmap.width * scale));
   const canvas = new OffscreenCanvas(width, Math.max(1, Math.round(bitmap.height * scale)));
   const context = canvas.getContext("2d");
@@ -52,7 +54,7 @@ async function shrink(file) {
 }
 
 async function loadImage(file) {
-  const smaller = file.size > SETTINGS.most.file_bytes ? await shrink(file) : null;
+  const smaller = await shrink(file);
   return {name: file.name, data: await readFile(smaller || file, file.name)};
 }
 
@@ -74,7 +76,7 @@ async function add(images, files) {
 
 function thumbnail(images, i, what) {
   const image = images[i];
-  const picture = make("img", {src: image.data, alt: image.name});
+  const picture = make("img", {src: image.data, alt: image.name, decoding: "async"});
   const title = image.name + " (click to remove)";
   const button = make("button", {className: "thumb", title}, picture);
   button.setAttribute("aria-label", `remove ${image.name} from ${what}`);
@@ -199,21 +201,27 @@ function bars(names, prediction) {
     bar.style.width = 100 * p[i] + "%";
     const className = rank || prediction.refused ? "bar" : "bar best";
     const percent = (100 * p[i]).toFixed(1) + " %";
+    bar.setAttribute("aria-hidden", "true");
     return make("div", {className}, make("span", {textContent: names[i]}), bar, percent);
   });
 }
 
+function alike(answer, c, n) {
+  const alt = `${answer.names[c]}, labelled image ${n + 1}`;
+  return make("figure", {}, make("img", {src: answer.supports[c][n], alt}),
+    make("figcaption", {textContent: answer.names[c]}));
+}
+
 function showRow(answer, prediction, i) {
-  const [c, n] = prediction.nearest;
   const cell = (...inside) => make("td", {}, ...inside);
   const refused = prediction.refused
     ? [make("div", {className: "refused", textContent: "none of these; if one, then:"})] : [];
   return make("tr", {className: "prediction"},
     cell(make("img", {src: prediction.seen, alt: "query " + (i + 1)}),
       make("small", {textContent: queries[i].name})),
-    cell(make("img", {src: prediction.kept, alt: "kept patches", className: "kept"})),
-    cell(make("img", {src: answer.supports[c][n], alt: "most alike, image " + (n + 1)}),
-      make("small", {textContent: answer.names[c]})),
+    cell(make("img", {src: prediction.kept, alt: `patches kept of query ${i + 1}`,
+      className: "kept"})),
+    cell(...prediction.nearest.map(([c, n]) => alike(answer, c, n))),
     cell(...refused, ...bars(answer.names, prediction)));
 }
 
@@ -235,6 +243,9 @@ function show(answer) {
     (answer.calibrated ? "which the labelled images decide." : "which was asked for.");
   $("rows").replaceChildren(...answer.predictions.map((p, i) => showRow(answer, p, i)));
   $("result").hidden = false;
+  const none = answer.predictions.filter(p => p.refused).length;
+  $("state").textContent = `${answer.predictions.length} predictions` +
+    (none ? `, ${none} of them none of these.` : ".");
   $("predictions").focus({preventScroll: true});
 }
 
