@@ -41,7 +41,7 @@ BENCH = {
     'nevergrad': 'nevergrad',
 }
 DOOR = ('LoRA', 'load_backbone', 'load_set', 'read_market', 'average', 'merge', 'advise', 'recycle')
-DOOR += ('FewShotClassifier',)
+DOOR += ('FewShotClassifier', 'compare',)
 FOR_DEVELOPERS = {
     'nbdev',
     'papermill',

@@ -12,10 +12,8 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..suite.episodes import draw_episodes
@@ -149,11 +147,19 @@ def try_probabilities(
 _STYLES = {1: '--', 5: '-'}  # of lines, by shots
 
 
+def _make_axes(n: int) -> tuple:
+    "A figure and its n axes side by side."
+    import matplotlib.pyplot as plt  # slow to import, and seldom needed
+
+    fig, axes = plt.subplots(1, n, figsize=(2.1 * n, 2.4), sharey=True, squeeze=False)
+    return fig, axes[0]
+
+
 def draw_reliability(
     tasks: dict,  # name of a set -> shots (1, 5) -> its tasks
-) -> tuple[Figure, list[dict]]:  # rows: set, shot, accuracy, error_before and error_after
+) -> tuple:  # figure; rows: set, shot, accuracy, error_before and error_after
     "Probability given against share right, at temperature 1 (grey) and at the fitted one."
-    fig, axes = plt.subplots(1, len(tasks), figsize=(2.1 * len(tasks), 2.4), sharey=True)
+    fig, axes = _make_axes(len(tasks))
     rows = []
     for ax, (name, by_shot) in zip(axes, tasks.items()):
         for shot, found in by_shot.items():
@@ -214,9 +220,9 @@ def try_rejection(
 # %% ../../nbs/2_use/00_calibration.ipynb #4a024ef6
 def draw_rejection(
     tasks: dict,  # name of a set -> shots (1, 5) -> its tasks
-) -> tuple[Figure, list[dict]]:  # rows: set, shot, false_rejects and false_accepts, in percent
+) -> tuple:  # figure; rows: set, shot, false_rejects and false_accepts, in percent
     "False accepts against false rejects; a dot where the threshold stands."
-    fig, axes = plt.subplots(1, len(tasks), figsize=(2.1 * len(tasks), 2.4), sharey=True)
+    fig, axes = _make_axes(len(tasks))
     rows = []
     for ax, (name, by_shot) in zip(axes, tasks.items()):
         for shot, found in by_shot.items():

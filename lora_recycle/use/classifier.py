@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from ..core import check_folder, check_int, digest
 from ..core import environment, save_tensors, write_json, write_text
 from ..method.backbone import Backbone
-from ..method.lora import LoRA, check_targets
+from ..method.lora import LoRA, check_targets, factor_widths, pack_lora
 from ..rivals.features import TOGETHER
 from ..suite.evaluate import embed
 from .calibration import fit_temperature, fit_threshold, leave_one_out
@@ -42,9 +42,6 @@ from .inputs import number_images, order_classes
 # %% ../../nbs/2_use/01_classifier.ipynb #d197d354
 import warnings
 
-import matplotlib.pyplot as plt
-import pandas as pd
-from matplotlib.figure import Figure
 from torch import nn
 
 from ..core import Cache, check_choice, plain
@@ -74,11 +71,12 @@ def check_lora(
         raise ValueError(
             f'meta_lora is a market of {lora.size} LoRAs; recycle it, or take one: market[0]'
         )
-    fits = backbone.layers, len(lora.targets), backbone.width
-    if lora.A.shape[:-1] != fits:
+    rows, columns = factor_widths(lora.targets, *backbone.widths)
+    lead = (backbone.layers, len(lora.targets))
+    if lora.A.shape[:-1] != (*lead, rows) or lora.B.shape[-1] != columns:
         raise ValueError(
-            f'a LoRA with A {list(lora.A.shape)} does not fit {backbone.name}: '
-            f'[{fits[0]},{fits[1]},{fits[2]},r]'
+            f'a LoRA with A {list(lora.A.shape)}, B {list(lora.B.shape)} does not fit '
+            f'{backbone.name}: [{lead[0]},{lead[1]},{rows},r], [{lead[0]},{lead[1]},r,{columns}]'
         )
     return lora
 
@@ -585,7 +583,7 @@ def compare_loras(
     images,  # labelled ones, see `inputs`
     labels,  # one for each image; two images or more of some class
     batch: int = 64,  # images encoded at once
-) -> pd.DataFrame:  # index name; right, gain, ci95 (of the gain, points), n_images left out
+) -> list[dict]:  # name, right, gain, ci95 (of the gain, points), n_images left out in turn
     "Several LoRAs on one support set: leave-one-out accuracy and paired gains, in percent."
     if not isinstance(loras, dict) or not loras:
         raise ValueError("loras must be a dict of one LoRA or more: {'plain': None, 'mine': lora}")
@@ -602,7 +600,7 @@ def compare_loras(
     return _describe_answers(answers)
 
 # %% ../../nbs/2_use/01_classifier.ipynb #97e2cd52
-def _describe_answers(answers: dict) -> pd.DataFrame:
+def _describe_answers(answers: dict) -> list[dict]:
     "A line for each name: share right, gain over the first with its interval, and of how many."
     base = next(iter(answers.values()))
     if not len(base):
@@ -615,7 +613,7 @@ def _describe_answers(answers: dict) -> pd.DataFrame:
         numbers = dict(right=right.double().mean().item(), gain=gain, ci95=half)
         lines.append(dict(name=name) | {k: 100 * v for k, v in numbers.items()})
         lines[-1]['n_images'] = len(right)
-    return pd.DataFrame(lines).set_index('name')
+    return lines
 
 # %% ../../nbs/2_use/01_classifier.ipynb #008d0978
 def _shipped_terms(backbone: Backbone, prior, stats) -> tuple:
@@ -837,8 +835,10 @@ def recycled_figure(
     recycled: RecycleResult,  # of `recycle`
     loras: int = 4,  # of how many images are shown
     each: int = 2,  # images a class
-) -> Figure:
+):  # a matplotlib Figure
     "Inverted images, the curve of meta-training, accuracy on synthetic episodes."
+    import matplotlib.pyplot as plt  # half a second that `import lora_recycle` does without
+
     widths = dict(width_ratios=(4, 3, 3))
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 2.6), gridspec_kw=widths)
     _draw_images(left, recycled, loras, each)
