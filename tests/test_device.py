@@ -7,17 +7,19 @@ import importlib
 import inspect
 import pkgutil
 import re
+import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from far import META, Far
 
 import lora_recycle
-from lora_recycle.bench import cost, reference, tables
+from lora_recycle.bench import cost, device, reference, tables
 from lora_recycle.bench.methods import METHODS, SCALES, Cell, answer_cell
 from lora_recycle.core import Cache, generator
 from lora_recycle.jobs import Executor
@@ -192,6 +194,12 @@ def step_all(there):
     lora_there = there.market().lora[0].map(lambda t: t.to(META))
     gen = generator(0)
     cost.random_backbone(SHAPE, gen)
+    small = device.DeviceSize(SHAPE, 10, 2, 8, 1)
+    parts = device.compute_parts(far, small)
+    near = device.compute_parts(far.to('cpu'), small)
+    for part, value in parts.items():
+        assert device.measure_gap(part, value, near[part]) < 1e-4, part
+    device.list_steps(far, small)
     cost.meta_step(far, 10, 0.5)()
     cost.inversion_step(far, cost.random_prior().to(META), 5)()
     reference.plain_meta_step(far, 10, 0.5)()
@@ -319,3 +327,36 @@ def test_no_step_of_tuning_waits(world):
         tune_lora(there.backbone, *given)
         found.append(far.waits.total())
     assert found[0] == found[1], far.waits
+
+
+# ---- the check of a card
+
+
+FEW_MODULES = """
+import sys
+for name in ('matplotlib', 'torchvision', 'sklearn', 'scipy', 'open_clip', 'timm', 'papermill'):
+    sys.modules[name] = None
+from lora_recycle.bench.device import *
+size = choose_device_size('cpu')
+rows = compare_with_cpu('cpu', size) + try_switches('cpu', size) + plan_hour('cpu')
+print(rows[0]['value'], rows[-1]['note'])
+"""
+
+
+def test_a_card_can_be_checked_where_little_is_installed():
+    done = subprocess.run(
+        [sys.executable, '-c', FEW_MODULES], capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.startswith('0.0 not estimated: '), done.stderr
+
+
+def test_the_check_names_what_differs_and_says_so_by_its_status(tmp_path, monkeypatch, capsys):
+    row = dict(part='encode', precision='float32', metric='gap', limit=1e-4)
+    row |= dict(note='', device_name='a card', torch='2')
+    for value, status in ((1e-6, 0), (1e-3, 1), (float('nan'), 1)):
+        rows = pd.DataFrame([row | dict(value=value)])
+        monkeypatch.setattr(device, 'check_device', lambda name: rows)
+        out = tmp_path / 'there' / 'rows.csv'
+        assert device.run_check(['--device', 'cpu', '--out', str(out)]) == status
+        assert ('encode in float32' in capsys.readouterr().out) == bool(status)
+        assert pd.read_csv(out)['device_name'].tolist() == ['a card']
