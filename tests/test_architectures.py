@@ -2,15 +2,17 @@
 
 from dataclasses import replace
 
+import open_clip
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 
-from lora_recycle.bench.cost import shape_of
+from lora_recycle.bench.cost import flops_true_g, inversion_step, meta_step, shape_of
 from lora_recycle.core import generator, save_tensors, write_json
 from lora_recycle.method.backbone import encode, encode_tokens, most_attended
 from lora_recycle.method.lora import TARGETS, new_lora
+from lora_recycle.use.exchange import hf_state
 from lora_recycle.paper import models
 from lora_recycle.paper.models import (
     LAYOUTS,
@@ -125,6 +127,19 @@ def test_encode_equals_the_library_at_every_size(name, library, tmp_path):
     assert shape_of(backbone).lead == MODELS[name].shape.lead == backbone.lead
 
 
+@pytest.mark.parametrize('name', ['DeiT-B', 'ViT-B-16-in21k'])
+@torch.no_grad()
+def test_a_plain_transformer_of_timm_at_two_sizes(name, monkeypatch):
+    shape = replace(MODELS[name].shape, side=48, **SIZES)
+    monkeypatch.setitem(MODELS, name, replace(MODELS[name], shape=shape))
+    module = of_timm('vit_base_patch16_224', 16)
+    for side in (32, 48, 64):
+        backbone = backbone_from_weights(name, module.state_dict(), side)
+        x = images(side=side)
+        theirs = module.forward_head(module.forward_features(x), pre_logits=True)
+        assert (encode(backbone, x).features - theirs).abs().max() < 1e-5 < theirs.std()
+
+
 @torch.no_grad()
 def test_the_authors_resize_positions_by_a_scale_that_is_off():
     "Their offset of 0.1 moves every place a little; smoothing came with the registers"
@@ -143,6 +158,47 @@ def test_the_authors_resize_positions_by_a_scale_that_is_off():
         if name == 'DINOv2-S':  # without its mask token it is a file of timm
             timms = backbone_from_weights(name, other).weights['positional_embedding']
             assert (timms - ours).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize('side', [28, 56])
+@torch.no_grad()
+def test_clip_l_14_equals_open_clip_and_transformers_at_two_sizes(side, tmp_path, monkeypatch):
+    "open_clip smooths positions that get fewer, transformers does not"
+    model = MODELS['ViT-L-14']
+    shape = replace(model.shape, side=42, width=WIDTH, layers=LAYERS, heads=HEADS, out_dim=24)
+    monkeypatch.setitem(MODELS, 'ViT-L-14', replace(model, shape=shape))
+    tensors, x = random_weights('ViT-L-14'), images(side=side)
+    vision = dict(image_size=side, layers=LAYERS, width=WIDTH, head_width=16, patch_size=14)
+    text = dict(context_length=8, vocab_size=9, width=16, heads=2, layers=1)
+    clip = open_clip.model.CLIP(24, vision, text, quick_gelu=True).eval()
+    state = clip.state_dict() | {k: t.float() for k, t in tensors.items()}
+    open_clip.model.resize_pos_embed(state, clip)
+    clip.load_state_dict(state)
+    backbone = backbone_from_weights('ViT-L-14', tensors, side)
+    assert (encode(backbone, x).features - clip.encode_image(x)).abs().max() < 1e-5
+    config = dict(hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS)
+    config |= dict(intermediate_size=4 * WIDTH, projection_dim=24, image_size=42, patch_size=14)
+    config = transformers.CLIPVisionConfig(**config)
+    module = transformers.CLIPVisionModelWithProjection(config).eval()
+    module.load_state_dict(hf_state(backbone_from_weights('ViT-L-14', tensors)))
+    module.save_pretrained(tmp_path)
+    theirs = module(pixel_values=x, interpolate_pos_encoding=True).image_embeds
+    ours = encode(load_backbone('ViT-L-14', tmp_path, side=side), x).features
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+def test_the_large_clips_are_those_of_open_clip(monkeypatch):
+    monkeypatch.undo()
+    for name in ('ViT-L-14', 'ViT-L-14-336'):
+        model = MODELS[name]
+        with torch.device('meta'):
+            config = open_clip.get_model_config(f'{name}-quickgelu')
+            visual = open_clip.model.CLIP(**config).visual
+        found = {f'visual.{k}': tuple(t.shape) for k, t in visual.state_dict().items()}
+        assert found == expected_shapes(name)
+        assert visual.transformer.resblocks[0].attn.num_heads == model.shape.heads
+        url = open_clip.get_pretrained_url(f'{name}-quickgelu', 'openai')
+        assert (model.url, model.sha256) == (url, url.split('/')[-2])
 
 
 class Pieces:
@@ -264,6 +320,25 @@ def test_a_market_prunes_and_images_have_gradients(name):
     assert torch.allclose(out.features[2:], alone.features, atol=1e-5)
     (gradient,) = torch.autograd.grad(out.features.sum(), x)
     assert (gradient.abs().sum((1, 2, 3)) > 0).all()
+
+
+@pytest.mark.parametrize('name', CLASSES)
+def test_inversion_and_meta_training_take_a_step(name):
+    backbone = load_backbone(name, 'random')
+    steps = (
+        inversion_step(backbone, None, 5, plan={1: 0.5}),
+        meta_step(backbone, 10, sparsity=0.5),
+    )
+    for step in steps:
+        first, second = step(), step()
+        assert first.isfinite().all() and second.isfinite().all() and not torch.equal(first, second)
+
+
+def test_registers_are_counted_among_the_operations():
+    plain, more = (MODELS[name].shape for name in ('DINOv2-S', 'DINOv2-S-reg'))
+    assert plain.n_patches == more.n_patches == 4
+    grown = (flops_true_g(more) - flops_true_g(plain)) * 1e9 / LAYERS
+    assert grown == pytest.approx(2 * (4 * 12 * WIDTH**2 + 2 * WIDTH * (9**2 - 5**2)))
 
 
 # ---- keys

@@ -1256,7 +1256,8 @@ def encode_texts(
 
     if MODELS[check_choice('name', name, MODELS)].layout != 'clip':
         raise ValueError(
-            f'{name} was trained without text. Take a CLIP, or methods that read no class names.'
+            f'{name} was trained without text, or its text tower cannot be read here. Take a CLIP, '
+            'or methods that read no class names.'
         )
     tensors = read_checkpoint(weights).tensors if Path(weights).is_file() else {}
     if 'token_embedding.weight' not in tensors:
