@@ -680,7 +680,12 @@ def check_market(
     if lora.size is None:
         raise ValueError('market is a single LoRA; make a market of it: stack_loras([lora])')
     if lora.W is None:
-        raise ValueError('the market has no heads, which inversion needs; read it with head="need"')
+        raise ValueError(
+            f'the market has no heads, which inversion needs. Of three ways two are open: average '
+            f'or merge its {lora.size} LoRAs, which needs none (average(market)); by class names, '
+            'where the backbone has a text tower and you know the classes of each LoRA: give it '
+            'heads of texts (rivals.text.with_texts). Recycling as it is needs head="need"'
+        )
     if not lora.size:
         raise ValueError('market is empty; it needs at least one LoRA')
     check_lora(replace(lora[0], W=None, b=None), backbone)

@@ -460,7 +460,7 @@ def _family(backbone: Backbone) -> str | None:
         return 'DINOv3'
     if any(k.endswith('.gamma') for k in weights):
         return 'DINOv2'
-    return 'SigLIP' if any(k.startswith('pool') for k in weights) else None
+    return 'SigLIP' if backbone.pooled else None
 
 # %% ../../nbs/2_use/00_exchange.ipynb #ed9f3853
 def _fitting(classes: tuple[str, ...], family: str | None) -> tuple[str, ...]:
