@@ -35,7 +35,7 @@ from lora_recycle.use.exchange import (
     write_adapter,
     write_market,
 )
-from lora_recycle.method.lora import LoRA, new_lora
+from lora_recycle.method.lora import LoRA, average_products, new_lora
 from lora_recycle.suite.miniature import load_miniature
 
 TINY = dict(
@@ -965,3 +965,28 @@ def test_damaged_files_of_clip_lora_are_documented_errors(tmp_path):
         else:
             assert lora.A.shape == (3, 3, 8, 2) and lora.A.isfinite().all()
     assert refused > 100
+
+
+def test_a_market_of_peft_becomes_one_adapter_that_peft_loads(saved, tmp_path, x):
+    "Averaged exactly: against the summed products of peft's own factors, and through peft."
+    names = [f'{t}_proj' for t in ('q', 'k', 'v', 'out')]
+    for i in range(4):
+        adapted = trained(tiny_model(), r=3, lora_alpha=3, target_modules=names)
+        gen = generator(i, 'market')
+        for name, weight in adapted.named_parameters():
+            if '.lora_' in name:
+                weight.data = torch.randn(weight.shape, generator=gen) * 0.3
+        adapted.save_pretrained(tmp_path / 'm' / f'{i}')
+    backbone = backbone_from_hf(saved)
+    mean = average_products(read_market(tmp_path / 'm', backbone, head='drop')[0])
+    files = [load_file(tmp_path / 'm' / f'{i}' / 'adapter_model.safetensors') for i in range(4)]
+    for layer in range(3):
+        for place, name in enumerate(names):
+            at = f'{BASE}vision_model.encoder.layers.{layer}.self_attn.{name}.lora_'
+            wanted = sum(f[f'{at}B.weight'] @ f[f'{at}A.weight'] for f in files) / 4
+            found = (mean.A[layer, place] @ mean.B[layer, place]).T
+            torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
+    write_adapter(tmp_path / 'one', mean, 'tiny')
+    again = peft.PeftModel.from_pretrained(tiny_model(), tmp_path / 'one').eval()
+    wanted = encode(backbone, x, mean).features
+    torch.testing.assert_close(features(again, x), wanted, atol=1e-5, rtol=0)
