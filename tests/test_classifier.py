@@ -793,7 +793,7 @@ def test_meta_lora_is_shared_whole(backbone, recycled, tmp_path):
     assert digest(lora.tensors()) == digest(recycled.lora.tensors()) and found == meta
     assert found['market']['digest'] == digest(tiny_market(3).tensors()) and found[
         'backbone'
-    ] == dict(name='tiny', digest=backbone.digest)
+    ] == dict(name='tiny', digest=backbone.digest, width=backbone.width)
     assert (
         found['invert']['steps'] == 2
         and found['distill']['rank'] == 2
