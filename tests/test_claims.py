@@ -301,21 +301,22 @@ def test_claims_by_one_command(tmp_path):
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
-    "Two cheap tables by one command, one after the other: what was made, and the notebooks."
+    "A cheap table that is there, and a second one by the command for all: what was made and said."
     folder = tmp_path_factory.mktemp('whole')
-    given = dict(scale='smoke', methods='nn', out_dir=folder / 'runs', stories=False)
-    given |= dict(cache_dir=folder / 'cache')
-    first = papermill('run_all.ipynb', folder / 'a.ipynb', tables='alpha', **given)
-    before = (folder / 'runs' / 'alpha' / 'rows.csv').stat().st_mtime_ns
-    second = papermill('run_all.ipynb', folder / 'b.ipynb', tables='alpha|interpolation', **given)
-    return folder / 'runs', before, first.read_text(), second.read_text()
+    runs = folder / 'runs'
+    given = dict(scale='smoke', methods='nn', out_dir=runs, cache_dir=folder / 'cache')
+    papermill('run_table.ipynb', runs / 'alpha' / 'run_table.ipynb', table='alpha', **given)
+    before = (runs / 'alpha' / 'rows.csv').stat().st_mtime_ns
+    both = dict(tables='alpha|interpolation', stories=False)
+    said = papermill('run_all.ipynb', folder / 'all.ipynb', **both, **given)
+    return runs, before, said.read_text()
 
 
 def test_the_whole_set_by_one_command(whole):
     "The table that is complete is not made again, the other one goes on"
-    runs, before, first, second = whole
-    assert 'alpha 0 made' in first and missing_parts(runs / 'alpha', 'alpha', 'smoke', 'nn') == []
-    assert 'alpha 0 kept' in second and 'interpolation 0 made' in second
+    runs, before, said = whole
+    assert missing_parts(runs / 'alpha', 'alpha', 'smoke', 'nn') == []
+    assert 'alpha 0 kept' in said and 'interpolation 0 made' in said
     assert (runs / 'alpha' / 'rows.csv').stat().st_mtime_ns == before
     index = (runs / 'README.md').read_text(encoding='utf-8')
     assert 'without' in index.split('## Table 14')[1].split('\n## ')[0]

@@ -182,13 +182,6 @@ def test_bad_parameters_end_before_any_work(tmp_path, parameters, words):
     run_guards(tmp_path)
 
 
-def test_a_misspelt_parameter_ends_papermill(tmp_path):
-    code, said = papermill(tmp_path, cache='x')
-    assert code != 0 and "Did you mean 'cache_dir'" in said, said[-1500:]
-    assert not (tmp_path / 'results' / 'figures' / 'rows.csv').exists()
-    assert not list((tmp_path / 'cache').glob('*/*'))
-
-
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 6), st.integers(0, 5), st.integers(0, 2**16))
 def test_contrastive_loss_knows_no_order_and_grows_with_the_bank(n, k, seed):
