@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'VERDICT_COLOURS', 'SECTIONS', 'SCALE_WORDS', 'count_verdicts', 'glance_claims', 'draw_claims',
-           'find_sections', 'compare_photos', 'write_claims', 'find_picture', 'map_places', 'list_stale', 'write_index']
+           'find_sections', 'compare_photos', 'write_claims', 'find_picture', 'map_places', 'list_stale', 'list_others',
+           'write_index']
 
 # %% ../../nbs/5_bench/10_index.ipynb #bbb1d407
 import os
@@ -361,6 +362,22 @@ def _write_place(place: Exhibit, page, results_dir, judged, seeds: int) -> str:
         text += f'Claims about it, lines: {count_verdicts(lines)}.\n\n'
     return text + _write_state(place, results_dir, seeds)
 
+# %% ../../nbs/5_bench/10_index.ipynb #7747941c
+def list_others(
+    page,  # folder from which the links lead
+    results_dir,  # such as results
+) -> str:  # markdown; empty if there are none
+    "Pages below `results_dir` that stand for no place of the paper, by their titles."
+    own = {'', 'claims', *(place.folder for place in EXHIBITS)}
+    lines = []
+    for path in sorted(Path(results_dir).rglob('*.md')):
+        folder = path.parent.relative_to(results_dir).as_posix().replace('.', '')
+        if folder.removesuffix(f'/{path.parent.name}' if '/seed' in folder else '') in own:
+            continue
+        title = path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')
+        lines.append(f'- {_link(path, page, f"`{folder}`")}: {title}\n')
+    return '\n## Beside the paper\n\n' + ''.join(lines) if lines else ''
+
 # %% ../../nbs/5_bench/10_index.ipynb #cc4ef2fd
 def write_index(
     results_dir,  # such as results
@@ -388,5 +405,6 @@ def write_index(
             names = ', '.join(f'`{name}`' for name in stale if stale[name] == reason)
             text += f'- {names}: {reason}.\n'
     text += '\n## Where everything is\n\n' + map_places(page, results_dir)
+    text += list_others(page, results_dir)
     places = [_write_place(place, page, results_dir, judged, seeds) for place in EXHIBITS]
     return text + ''.join(places)
