@@ -166,7 +166,7 @@ def test_package_data_is_there():
     assets = files('lora_recycle') / 'assets'
     assert len([p for p in (assets / 'splits').iterdir() if p.name.endswith('.json')]) == 9
     pages = {p.name for p in (assets / 'page').iterdir()}
-    assert pages == {'index.html', 'page.css', 'page.js'}
+    assert pages == {'index.html', 'page.css', 'page.js', 'photos.json', 'photos.jpg'}
     assert (assets / 'paper_tables.csv').read_text(encoding='utf-8').count('\n') == 468
 
 
