@@ -834,7 +834,7 @@ def _factors(plan: _Plan, tensors: dict[str, Tensor], layers: int, width: int) -
         for target, part in zip(pair.place.targets, parts):
             at = pair.place.layer, targets.index(target)
             A[at][:reads, :rank] = tensors[pair.keys['A']].T
-            B[at][:rank, :gives] = part.T * scale
+            B[at][:rank, :gives] = part.T * scale * _count_times(pair)
     return LoRA(A, B, targets=targets)
 
 # %% ../../nbs/2_use/00_exchange.ipynb #5869a0ba
@@ -860,16 +860,22 @@ def _base_model(config: dict) -> str | None:
     return base
 
 
-def _idle_note(plan: _Plan, lora: LoRA) -> tuple[str, ...]:
-    "A warning if open_clip's `out_proj` was adapted, which peft does not train."
-    layout = plan.pairs[0][0].place.layout
-    if layout is not _LAYOUTS[3] or 'out' not in lora.targets:
-        return ()
-    if not lora.B.select(-3, lora.targets.index('out')).any():
+_OF_ATTENTION = '.base_layer.out_proj'  # how peft names that of an adapted MultiheadAttention
+
+
+def _count_times(pair) -> int:
+    "How often peft adds the change of `pair`: that of a MultiheadAttention's out_proj twice."
+    return 2 if pair.module.endswith(_OF_ATTENTION) else 1
+
+
+def _note_twice(plan: _Plan) -> tuple[str, ...]:
+    "What is said of numbers that count twice."
+    if not any(_count_times(pair) > 1 for pair, _, _ in plan.pairs):
         return ()
     return (
-        'it holds numbers for out_proj of a MultiheadAttention, to which peft gives no gradient '
-        '(and which peft 0.21 merges twice): they are read once, and may never have been trained',
+        'peft 0.21 adds the change of out_proj of a MultiheadAttention twice, forward and merged, '
+        'and so it was trained: its numbers are doubled here. If another library made the file, '
+        'halve those of out',
     )
 
 # %% ../../nbs/2_use/00_exchange.ipynb #594e8b13
@@ -897,7 +903,7 @@ def _read_folder(folder: Path, tower: _Tower, allow_partial: bool, limits: Limit
     except ValueError as err:
         raise ValueError(f'{folder} cannot be used: {err}') from None
     used = tuple(pair.module for pair, _, _ in plan.pairs)
-    notes = plan.notes + _idle_note(plan, lora)
+    notes = plan.notes + _note_twice(plan)
     return Adapter(folder.name, lora, used, plan.ignored, classes, base, notes)
 
 # %% ../../nbs/2_use/00_exchange.ipynb #014dd8b0
