@@ -859,7 +859,7 @@ def _base_model(config: dict) -> str | None:
         raise ValueError(f'base_model_name_or_path={_short(base)} must be a short text')
     return base
 
-
+# %% ../../nbs/2_use/00_exchange.ipynb #f4b3a163
 _OF_ATTENTION = '.base_layer.out_proj'  # how peft names that of an adapted MultiheadAttention
 
 
