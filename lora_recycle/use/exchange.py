@@ -807,6 +807,14 @@ def _head_of(folder: Path, plan: _Plan, tensors: dict, out_dim: int | None, limi
         head['b'] = torch.zeros(head['W'].shape[1])
     return head
 
+# %% ../../nbs/2_use/00_exchange.ipynb #f4b3a163
+_OF_ATTENTION = '.base_layer.out_proj'  # how peft names that of an adapted MultiheadAttention
+
+
+def _count_times(pair) -> int:
+    "How often peft adds the change of `pair`: that of a MultiheadAttention's out_proj twice."
+    return 2 if pair.module.endswith(_OF_ATTENTION) else 1
+
 # %% ../../nbs/2_use/00_exchange.ipynb #f79570a8
 @dataclass(frozen=True)
 class Adapter:
@@ -859,15 +867,7 @@ def _base_model(config: dict) -> str | None:
         raise ValueError(f'base_model_name_or_path={_short(base)} must be a short text')
     return base
 
-# %% ../../nbs/2_use/00_exchange.ipynb #f4b3a163
-_OF_ATTENTION = '.base_layer.out_proj'  # how peft names that of an adapted MultiheadAttention
-
-
-def _count_times(pair) -> int:
-    "How often peft adds the change of `pair`: that of a MultiheadAttention's out_proj twice."
-    return 2 if pair.module.endswith(_OF_ATTENTION) else 1
-
-
+# %% ../../nbs/2_use/00_exchange.ipynb #a91b8d2c
 def _note_twice(plan: _Plan) -> tuple[str, ...]:
     "What is said of numbers that count twice."
     if not any(_count_times(pair) > 1 for pair, _, _ in plan.pairs):
