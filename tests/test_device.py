@@ -33,7 +33,7 @@ from lora_recycle.suite.episodes import draw_episodes
 from lora_recycle.suite.images import ImageSet
 from lora_recycle.suite.miniature import load_prior
 from lora_recycle.use import advice
-from lora_recycle.use.classifier import recycle
+from lora_recycle.use.classifier import compare_loras, recycle
 
 SHAPE = cost.ViTShape('miniature', 36, 6, 32, 2, 2, 128)
 
@@ -123,7 +123,7 @@ KINDS = (
     *('zero-shot', 'tip-adapter', 'recycle', 'recycle-average', 'recycle-mask75-random'),
     *('recycle-smi', 'recycle-plan-1x75', 'recycle-backbone', 'recycle-plain-distillation'),
     *('average-text', 'mole-text', 'recycle-text', 'lorahub-text', 'pmf'),
-    *('average-cut', 'merge-ties-cut'),
+    *('average-cut', 'merge-ties-cut', 'bdcspn', 'average-laplacian'),
 )
 
 
@@ -238,6 +238,7 @@ def call_rest(there):
     judge = make_set('x', '', 36, 0)
     rest = dict(hows=('ties',), recycled=recycled, trial=advice.Trial(n_tasks=2))
     advice.advise(there.market(), far, judge.images, judge.labels, **rest)
+    compare_loras(far, {'plain': None, 'mine': loras[0]}, judge.images, judge.labels)
     advice.rate_advice(recycled.report['scores'], {advice.AVERAGE: 1.0})
 
 
