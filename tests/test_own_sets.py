@@ -303,4 +303,4 @@ def test_a_table_of_ones_own_folders_in_one_command(tmp_path):
     page = (folder / 'table.md').read_text()
     assert '`other:test` with LoRAs of mine:train' in page and 'Claims' not in page
     command = json.loads((folder / 'run.json').read_text())['command']
-    assert '-p sources mine:train' in command and str(tmp_path) not in command
+    assert '-p sources mine:train' in command and '-p data_dir data ' in command
