@@ -509,7 +509,7 @@ def test_dry_run_at_paper_scale(tmp_path):
     how |= dict(data_dir=tmp_path / 'data', env={**os.environ, 'PYTHONPATH': places})
     code, said = run_table(tmp_path, weights_dir=weights, dry_run=True, **how)
     assert code == 0, said[-3000:]
-    for words in ('100 classes, 2000 images', 'ViT-B-16.safetensors', 'GB free', 'h on cpu'):
+    for words in ('100 classes, 2000 images', 'ViT-B-16.safetensors', 'GB free', 'min on cpu'):
         assert words in said
     code, said = run_table(tmp_path, weights_dir=tmp_path / 'none', **how)
     assert code != 0 and 'holds no ViT-B-16.pt' in said
