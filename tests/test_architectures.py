@@ -496,3 +496,22 @@ def test_sides_are_checked():
     table = torch.randn(10, 4)
     assert resize_positions(table, 3) is table
     assert resize_positions(table[1:], 5).shape == (25, 4)
+
+
+@pytest.mark.parametrize(
+    'file, say, said',
+    [
+        ('processor_config.json', dict(image_processor=dict(do_normalize=False)), 'mean is .0.0,'),
+        ('processor_config.json', dict(image_processor=dict(image_std=[0.5] * 3)), 'std is .0.5,'),
+        ('preprocessor_config.json', dict(do_rescale=False), 'image_std is .0.00'),
+        ('preprocessor_config.json', dict(image_mean=[0.5, 0.5]), 'must be three numbers'),
+    ],
+)
+@pytest.mark.parametrize('name', ['DINOv2-S', 'SigLIP-B-16'])
+def test_pixels_are_looked_at_wherever_a_folder_tells_of_them(name, file, say, said, tmp_path):
+    if name == 'SigLIP-B-16' and 'std is .0.5' in said:
+        pytest.skip('that is what SigLIP takes')
+    of_transformers(name).save_pretrained(tmp_path)
+    write_json(tmp_path / file, say)
+    with pytest.raises(ValueError, match=said):
+        load_backbone(name, tmp_path)

@@ -790,7 +790,7 @@ def layouts():
 def test_every_class_of_the_page_is_read_and_written(layouts, name):
     case = next(c for c in layouts['CASES'] if c.name == name)
     every = layouts['KINDS']['all, patterns of rank and alpha']
-    assert layouts['compare_case'](case, **every) < 1e-5
+    assert layouts['compare_case'](case, **every)[0] < 1e-5
 
 
 def test_an_adapter_of_another_family_is_refused(layouts, tmp_path):
@@ -942,7 +942,7 @@ def test_damaged_files_of_clip_lora_are_documented_errors(tmp_path):
     data = (tmp_path / 'a.pt').read_bytes()
     gen = generator(int(os.environ.get('FUZZ_SEED', 0)), 'damage')
     refused = 0
-    for _ in range(int(os.environ.get('FUZZ_FILES', 300))):
+    for _ in range(int(os.environ.get('FUZZ_FILES', 3000))):
         (tmp_path / 'b.pt').write_bytes(damaged(data, gen))
         try:
             lora = read_clip_lora(tmp_path / 'b.pt', 3, 8)
@@ -950,7 +950,7 @@ def test_damaged_files_of_clip_lora_are_documented_errors(tmp_path):
             refused += 1
         else:
             assert lora.A.shape == (3, 3, 8, 2) and lora.A.isfinite().all()
-    assert refused > 100
+    assert refused > 1000
 
 
 def test_a_market_of_peft_becomes_one_adapter_that_peft_loads(saved, tmp_path, x):
@@ -976,3 +976,18 @@ def test_a_market_of_peft_becomes_one_adapter_that_peft_loads(saved, tmp_path, x
     again = peft.PeftModel.from_pretrained(tiny_model(), tmp_path / 'one').eval()
     wanted = encode(backbone, x, mean).features
     torch.testing.assert_close(features(again, x), wanted, atol=1e-5, rtol=0)
+
+
+OLD = ('CLIPVisionModel', 'CLIPVisionTransformer', 'SiglipVisionModel', 'ViTModel', 'Dinov2Model')
+
+
+@pytest.mark.parametrize('kind', ['attention', 'all'])
+@pytest.mark.parametrize('name', OLD)
+def test_adapters_that_transformers_4_wrote(layouts, tmp_path, name, kind):
+    "KnOTS and FusionBench tuned CLIPVisionTransformer, which transformers 5 has no more."
+    assert layouts['open_old'](tmp_path)['transformers'].startswith('4.')
+    config = json.loads((tmp_path / name / kind / 'adapter' / 'adapter_config.json').read_text())
+    assert config['auto_mapping']['base_model_class'] == name
+    worst, targets = layouts['compare_old'](tmp_path / name, kind)
+    wanted = layouts['TARGETS'][:4] if kind == 'attention' else layouts['TARGETS']
+    assert worst < 1e-5 and targets == wanted

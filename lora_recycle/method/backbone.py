@@ -121,6 +121,7 @@ class Backbone(_Sizes):
     stem: tuple = ()  # of StemConv, before the patches are cut
     stem_side: int = 0  # images are enlarged to this side before the stem; 0: they are not
     unit: float = 0.0  # features are scaled to this length; 0: they stay as long as they come
+    origin: str = field(default='', repr=False)  # file or folder that it was read from, if any
 
     def __post_init__(self):
         check_choice('act', self.act, ('gelu', 'gelu_tanh', 'quick_gelu'))

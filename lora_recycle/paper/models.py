@@ -6,7 +6,7 @@
 __all__ = ['CLIP_PARTS', 'PLAIN_PARTS', 'DINO_PARTS', 'DINO3_PARTS', 'POOL_PARTS', 'MODELS', 'OPEN_CLIP', 'TIMM', 'LAYOUTS',
            'Model', 'Layout', 'expected_shapes', 'check_keys', 'resize_positions', 'make_rotary',
            'backbone_from_weights', 'random_weights', 'Checkpoint', 'read_checkpoint', 'published', 'half_precise',
-           'check_backbone', 'load_backbone', 'encode_texts', 'image_side', 'find_shape', 'stem_flops_g', 'model_table']
+           'check_backbone', 'load_backbone', 'image_side', 'find_shape', 'stem_flops_g', 'model_table']
 
 # %% ../../nbs/6_paper/01_models.ipynb #d27d9af9
 import hashlib
@@ -35,6 +35,7 @@ from lora_recycle.use.exchange import (
     Limits,
     backbone_from_hf,
     read_json,
+    read_pixel_rule,
     read_tensors,
     tensor_header,
 )
@@ -1160,14 +1161,15 @@ def _list_config_faults(model: Model, layout: Layout, config: dict) -> list[str]
 
 
 def _list_pixel_faults(model: Model, folder: Path) -> list[str]:
-    "What preprocessor_config.json in `folder`, if it is there, says otherwise than `model`."
-    path = folder / 'preprocessor_config.json'
-    config = read_json(path) if path.is_file() else {}
-    wanted = dict(image_mean=model.mean, image_std=model.std)
-    pairs = [(k, config.get(k, list(v)), v) for k, v in wanted.items()]
-    near = lambda a, b: type(a) in (int, float) and abs(a - b) < 1e-4
-    same = lambda a, b: isinstance(a, list) and len(a) == 3 and all(map(near, a, b))
-    return [f'{k} is {ascii(a)[:80]}, not {list(b)}' for k, a, b in pairs if not same(a, b)]
+    "What the files in `folder` say otherwise about pixels than `model`."
+    wanted = (model.mean, model.std)
+    found = read_pixel_rule(folder, silent=wanted)
+    same = lambda a, b: all(abs(x - y) < 1e-4 for x, y in zip(a, b))
+    return [
+        f'{k} is {[round(x, 6) for x in a]}, not {list(b)}'
+        for k, a, b in zip(('image_mean', 'image_std'), found, wanted)
+        if not same(a, b)
+    ]
 
 # %% ../../nbs/6_paper/01_models.ipynb #8fe8f39e
 def _from_folder(name: str, folder: Path, side: int) -> Backbone:
@@ -1241,36 +1243,8 @@ def load_backbone(
     if weights == 'random':
         drawn = backbone_from_weights(name, random_weights(name, seed), side)
         return replace(drawn, name=f'{name} (random weights)').to(device)
-    weights = _fetched(name) if weights == 'download' else weights
-    return _from_path(name, weights, side).to(device)
-
-# %% ../../nbs/6_paper/01_models.ipynb #aa4cc1be
-@torch.no_grad()
-def encode_texts(
-    name: str,  # a CLIP of `MODELS`
-    weights,  # its whole checkpoint
-    texts: list[str],  # n of them
-) -> Tensor:  # [n,D_out]
-    "What the text tower in a checkpoint makes of texts; ValueError if there is none."
-    import open_clip
-
-    if MODELS[check_choice('name', name, MODELS)].layout != 'clip':
-        raise ValueError(
-            f'{name} was trained without text, or its text tower cannot be read here. Take a CLIP, '
-            'or methods that read no class names.'
-        )
-    tensors = read_checkpoint(weights).tensors if Path(weights).is_file() else {}
-    if 'token_embedding.weight' not in tensors:
-        raise ValueError(
-            f'{weights} holds no text tower. Take the whole CLIP checkpoint, or methods that '
-            'read no class names.'
-        )
-    model = open_clip.create_model(f'{name}-quickgelu', pretrained=None).eval()
-    state = {k: v.float() for k, v in tensors.items() if k in model.state_dict()}
-    absent = model.load_state_dict(state, strict=False).missing_keys
-    if absent:
-        raise ValueError(f'{weights}: {len(absent)} keys of a CLIP are missing: {_few(absent)}')
-    return model.encode_text(open_clip.get_tokenizer(f'{name}-quickgelu')(texts))
+    weights = _fetched(name) if weights == 'download' else Path(weights).expanduser()
+    return replace(_from_path(name, weights, side), origin=str(weights)).to(device)
 
 # %% ../../nbs/6_paper/01_models.ipynb #6723497b
 def image_side(

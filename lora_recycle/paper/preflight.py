@@ -60,6 +60,7 @@ from lora_recycle.paper.models import (
     read_checkpoint,
     stem_flops_g,
 )
+from .texts import read_text_tower
 from ..suite.evaluate import embed
 from ..suite.folders import FileSet, check_images
 from ..suite.images import CROSS_DOMAIN, IN_DOMAIN, PAPER_SETS, SPLITS
@@ -518,13 +519,13 @@ def _find_prior_fault(path: Path) -> str:
     return f"{path} is not torchvision's ResNet-50: {'; '.join(words)}" if words else ''
 
 
-def _find_text_fault(name: str, path: Path) -> str:
-    "Why class names cannot be read with `name`; '' if they can."
-    if MODELS[name].layout != 'clip':
-        return f'{name} was trained without text: {_NO_NAMES}'
-    if path.is_file() and 'token_embedding.weight' in read_checkpoint(path).tensors:
-        return ''
-    return f'{path} holds no text tower: take the whole CLIP checkpoint, or {_NO_NAMES}'
+def _find_text_fault(backbone: Backbone, path: Path) -> str:
+    "Why class names cannot be read with `backbone`; '' if they can."
+    try:
+        read_text_tower(backbone, path)
+    except (ValueError, FileNotFoundError) as err:
+        return f'{err}, or {_NO_NAMES}'
+    return ''
 
 # %% ../../nbs/6_paper/02_preflight.ipynb #068c40f3
 def _find_fault(name: str, path: Path, text: bool) -> tuple[str, list]:
@@ -532,10 +533,9 @@ def _find_fault(name: str, path: Path, text: bool) -> tuple[str, list]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         fault = _find_prior_fault(path) if name == 'resnet50' else ''
-        if name != 'resnet50':
-            load_backbone(name, path)
-    if text and not fault:
-        fault = _find_text_fault(name, path)
+        backbone = None if name == 'resnet50' else load_backbone(name, path)
+    if text and backbone:
+        fault = _find_text_fault(backbone, path)
     return fault, [str(w.message) for w in caught if w.category is UserWarning]
 
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WRITTEN', 'Limits', 'parse_json', 'read_json', 'tensor_header', 'read_tensors', 'pattern_fits', 'module_scaling',
            'check_adapter_config', 'Adapter', 'read_adapter', 'read_clip_lora', 'model_card', 'write_adapter',
-           'hf_names', 'hf_state', 'backbone_from_state', 'backbone_from_hf', 'inside', 'write_market', 'Entry',
-           'read_market']
+           'hf_names', 'hf_state', 'backbone_from_state', 'read_pixel_rule', 'backbone_from_hf', 'inside',
+           'write_market', 'Entry', 'read_market']
 
 # %% ../../nbs/2_use/00_exchange.ipynb #f68f443f
 import hashlib
@@ -413,7 +413,12 @@ _VIT |= {'attention.output.dense': ('out',)}
 _VIT |= {'intermediate.dense': ('fc1',), 'output.dense': ('fc2',)}
 _VIT |= {'mlp.up_proj': ('fc1',), 'mlp.down_proj': ('fc2',)}
 _FAMILIES = {
-    'SigLIP': ('SiglipVisionModel', 'SiglipModel', 'SiglipForImageClassification'),
+    'SigLIP': (
+        'SiglipVisionModel',
+        'SiglipModel',
+        'SiglipForImageClassification',
+        'SiglipVisionTransformer',
+    ),
     'DINOv2': tuple(
         f'Dinov2{registers}{task}'
         for registers in ('', 'WithRegisters')
@@ -422,7 +427,8 @@ _FAMILIES = {
     'DINOv3': ('DINOv3ViTModel', 'DINOv3ViTForImageClassification', 'Eva'),
 }  # family of a backbone -> its own classes; all others are of a plain ViT or CLIP
 _OPEN = ('VisionTransformer', 'VisionTransformerDistilled', 'CLIP', 'CustomTextCLIP')  # any family
-_CLIPS = ('CLIPVisionModelWithProjection', 'CLIPVisionModel', 'CLIPModel')
+# the last is a part of the others in transformers 4: KnOTS and FusionBench tuned that
+_CLIPS = ('CLIPVisionModelWithProjection', 'CLIPVisionModel', 'CLIPModel', 'CLIPVisionTransformer')
 _VITS = ('ViTModel', 'ViTForImageClassification', 'DeiTModel', 'DeiTForImageClassification')
 
 # %% ../../nbs/2_use/00_exchange.ipynb #4ed2cd5d
@@ -1482,10 +1488,10 @@ _PIXEL_FILES = (  # file, where in it, names of mean and sd
 )
 
 
-def _pixel_rule(config: dict, mean_key: str, std_key: str) -> tuple[tuple, tuple]:
+def _pixel_rule(config: dict, mean_key: str, std_key: str, silent: tuple) -> tuple[tuple, tuple]:
     "Mean and sd of pixels in [0,1] that do what `config` says; ValueError if it is not legal."
-    mean = config.get(mean_key, list(OPENAI_MEAN))
-    std = config.get(std_key, list(OPENAI_STD))
+    mean = config.get(mean_key, list(silent[0]))
+    std = config.get(std_key, list(silent[1]))
     normal, scaled = (config.get(k, True) for k in ('do_normalize', 'do_rescale'))
     factor = config.get('rescale_factor', 1 / 255)
     for name, x in ((mean_key, mean), (std_key, std)):
@@ -1505,18 +1511,23 @@ def _pixel_rule(config: dict, mean_key: str, std_key: str) -> tuple[tuple, tuple
     return tuple(m / white for m in mean), tuple(s / white for s in std)
 
 # %% ../../nbs/2_use/00_exchange.ipynb #1256a09c
-def _pixel_stats(folder: Path, limits: Limits) -> tuple[tuple, tuple]:
-    "Mean and sd of the pixels by the files in `folder`; OpenAI's if none says anything."
+def read_pixel_rule(
+    folder,  # of transformers or open_clip
+    limits: Limits = Limits(),  # the most that a file may hold
+    silent: tuple = (OPENAI_MEAN, OPENAI_STD),  # what holds where no file says anything
+) -> tuple[tuple, tuple]:  # mean and sd of pixels in [0,1], a channel each
+    "How pixels are normalised by the files beside the weights; ValueError if they disagree."
+    folder = Path(folder)
     rules = {}
     for file, part, mean_key, std_key in _PIXEL_FILES:
         if os.path.lexists(folder / file):
             config = read_json(folder / file, limits)
             config = config if part is None else config.get(part)
             if isinstance(config, dict):
-                rules[file] = _pixel_rule(config, mean_key, std_key)
+                rules[file] = _pixel_rule(config, mean_key, std_key, silent)
     if len(set(rules.values())) > 1:
         raise ValueError(f'{" and ".join(rules)} say different things about pixels; keep one')
-    return next(iter(rules.values()), (OPENAI_MEAN, OPENAI_STD))
+    return next(iter(rules.values()), silent)
 
 # %% ../../nbs/2_use/00_exchange.ipynb #f7211c32
 def _one_file(folder: Path) -> Path:
@@ -1550,8 +1561,9 @@ def backbone_from_hf(
     try:
         _tower_names(_shapes(header, ('position_ids',)), config)
         state = read_tensors(path, header, limits)
-        mean, std = _pixel_stats(folder, limits)
-        return backbone_from_state(state, config, name or folder.name, mean, std)
+        mean, std = read_pixel_rule(folder, limits)
+        backbone = backbone_from_state(state, config, name or folder.name, mean, std)
+        return replace(backbone, origin=str(folder))
     except ValueError as err:
         raise ValueError(f'{folder} cannot be used: {err}') from None
 
@@ -1794,7 +1806,8 @@ def _check_joined_head(lora: LoRA, first: LoRA) -> None:
     "ValueError unless `lora` has a head of as many classes as that of `first`."
     if lora.W is None:
         raise ValueError(
-            "it has no head, which recycling needs; head='drop' reads markets without heads"
+            "it has no head; head='drop' reads it, for averaging, for merging, and for recycling "
+            'by class names (recycle(..., names=...))'
         )
     if lora.W.shape[1:] != first.W.shape[1:]:
         raise ValueError(
