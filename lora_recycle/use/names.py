@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_names', 'name_heads', 'say_ways', 'named_loss', 'GivenNamed']
 
-# %% ../../nbs/2_use/00_names.ipynb #aab05338
+# %% ../../nbs/2_use/00_names.ipynb #102cd090
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +18,7 @@ from ..method.lora import LoRA
 from ..paper.texts import read_text_tower
 from ..rivals.text import text_logits, with_texts
 
-# %% ../../nbs/2_use/00_names.ipynb #c585a230
+# %% ../../nbs/2_use/00_names.ipynb #ba41370f
 def check_names(
     names: list,  # of the classes of each LoRA: M lists of C texts
     size: int,  # M
@@ -42,7 +42,7 @@ def check_names(
         )
     return names
 
-# %% ../../nbs/2_use/00_names.ipynb #fd6b3099
+# %% ../../nbs/2_use/00_names.ipynb #4cdfbc5a
 def name_heads(
     market: LoRA,  # M of them, with heads or without
     backbone: Backbone,  # that they were tuned on, CLIP or SigLIP
@@ -57,7 +57,7 @@ def name_heads(
     lora = with_texts(market, rows, classes)
     return replace(lora, b=lora.b + tower.bias)
 
-# %% ../../nbs/2_use/00_names.ipynb #0151e95a
+# %% ../../nbs/2_use/00_names.ipynb #542aa545
 def say_ways(
     market: LoRA,  # M without heads
     backbone: Backbone,  # that they were tuned on
@@ -78,7 +78,7 @@ def say_ways(
         'no heads: average(market), merge(market, ...)'
     )
 
-# %% ../../nbs/2_use/00_names.ipynb #d81d3277
+# %% ../../nbs/2_use/00_names.ipynb #04037310
 def named_loss(
     student: Embedder,  # what learns
     teachers: Embedder,  # M LoRAs with texts for heads
