@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NameReader', 'read_text_tower']
 
-# %% ../../nbs/6_paper/01_texts.ipynb #0e5ab27c
+# %% ../../nbs/6_paper/01_texts.ipynb #d6721c8c
 import math
 import re
 import string
@@ -22,7 +22,7 @@ from ..method.backbone import Backbone
 from .models import MODELS, read_checkpoint
 from ..suite.miniature import MINIATURES, PHOTO, load_clip, tokenise
 
-# %% ../../nbs/6_paper/01_texts.ipynb #6ca27db5
+# %% ../../nbs/6_paper/01_texts.ipynb #6a8d7cd9
 _TO_OPEN_CLIP = (
     (r'^text\.', ''),
     (r'^text_model\.embeddings\.token_embedding\.', 'token_embedding.'),
@@ -40,7 +40,7 @@ _OF_TEXT = re.compile(
     r'|text_projection|transformer\.resblocks\.\d+\.[\w.]+'
 )
 
-# %% ../../nbs/6_paper/01_texts.ipynb #a641a833
+# %% ../../nbs/6_paper/01_texts.ipynb #d8a26867
 def _text_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     "Those of the text tower among `tensors`, under open_clip's names."
     found = {}
@@ -57,7 +57,7 @@ def _text_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         found['text_projection'] = found.pop('text_projection.weight').T
     return found
 
-# %% ../../nbs/6_paper/01_texts.ipynb #1aeaed69
+# %% ../../nbs/6_paper/01_texts.ipynb #44e9babc
 def _text_act(vocabulary: int, names, act: str) -> str:
     "Activation of SigLIP's text tower by the `names` in its file; `act` for a CLIP."
     if any(n.startswith('text_model.head.') for n in names):
@@ -81,7 +81,7 @@ def _tower_sizes(tensors: dict[str, Tensor], paired: bool) -> dict:
         output_dim=projection.shape[0 if paired else 1],
     )
 
-# %% ../../nbs/6_paper/01_texts.ipynb #e2740214
+# %% ../../nbs/6_paper/01_texts.ipynb #e9f8219d
 def _make_tower(tensors: dict[str, Tensor], act: str) -> nn.Module:
     "open_clip's text tower of `tensors`; KeyError or RuntimeError if they are not whole."
     from open_clip.transformer import QuickGELU, TextTransformer
@@ -102,7 +102,7 @@ def _make_tower(tensors: dict[str, Tensor], act: str) -> nn.Module:
         tower.attn_mask = tower.build_causal_mask()
     return tower.eval().requires_grad_(False)
 
-# %% ../../nbs/6_paper/01_texts.ipynb #01daadaa
+# %% ../../nbs/6_paper/01_texts.ipynb #336e6917
 _PUNCTUATION = str.maketrans('', '', string.punctuation)
 
 
@@ -138,7 +138,7 @@ def _siglip_tokens(words, texts: list[str], context: int) -> Tensor:
         rows.append(ids + [pad] * (context - len(ids)))
     return torch.tensor(rows)
 
-# %% ../../nbs/6_paper/01_texts.ipynb #473b9e5f
+# %% ../../nbs/6_paper/01_texts.ipynb #a598c43c
 @dataclass(frozen=True)
 class NameReader:
     "What reads sentences beside an image tower, and how their cosines with images score."
@@ -165,7 +165,7 @@ class NameReader:
         texts = [self.prompt.format(n.replace('_', ' ')) for n in names]
         return self.scale * F.normalize(self.read(texts), dim=-1)
 
-# %% ../../nbs/6_paper/01_texts.ipynb #965feb84
+# %% ../../nbs/6_paper/01_texts.ipynb #3d440d22
 def _shipped_tower(name: str) -> NameReader:
     "The text tower of a backbone that ships."
     clip = load_clip(name).requires_grad_(False)
@@ -183,7 +183,7 @@ def _weights_of(backbone: Backbone, weights) -> Path:
     path = Path(weights or backbone.origin).expanduser()
     return path / 'model.safetensors' if path.is_dir() else path
 
-# %% ../../nbs/6_paper/01_texts.ipynb #9be9704b
+# %% ../../nbs/6_paper/01_texts.ipynb #822fcfc8
 def read_text_tower(
     backbone: Backbone,  # an image tower of CLIP or SigLIP
     weights=None,  # file or folder with its text tower; None: what the backbone was read from
@@ -214,7 +214,7 @@ def read_text_tower(
     home = model.hub[0] if model and model.hub else ''
     return _dress(net, tensors, path, home)
 
-# %% ../../nbs/6_paper/01_texts.ipynb #538e1475
+# %% ../../nbs/6_paper/01_texts.ipynb #1b9ffc67
 def _dress(net: nn.Module, tensors: dict[str, Tensor], path: Path, home: str) -> NameReader:
     "`net` with its words, its prompt, and the scale of logits in `tensors`."
     scale = math.exp(tensors['logit_scale'].item()) if 'logit_scale' in tensors else 100.0
