@@ -25,11 +25,13 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import lora_recycle
 from lora_recycle.jobs import Executor
-from lora_recycle.method.backbone import Backbone
+from lora_recycle.method.backbone import Backbone, normalise
+from lora_recycle.method.chain import SETTINGS, Chain, Tuned, load_priors
 from lora_recycle.use import classifier
 from lora_recycle.use.classifier import (
     FewShotClassifier,
     PrototypeClassifier,
+    _choose_settings,
     inversion_terms,
     load_meta_lora,
     recycle,
@@ -44,8 +46,9 @@ from lora_recycle.method.distill import DistillConfig
 from lora_recycle.suite.evaluate import embed, nearest_prototype
 from lora_recycle.suite.episodes import Episodes
 from lora_recycle.suite.images import load_set
+from lora_recycle.suite.miniature import load_miniature
 from lora_recycle.use.exchange import Limits, hf_names, read_adapter
-from lora_recycle.method.inversion import InvertConfig
+from lora_recycle.method.inversion import InvertConfig, bn_gaps
 from lora_recycle.method.lora import LoRA, average_products, new_lora, stack_loras
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -708,17 +711,12 @@ def test_a_stopped_run_goes_on(backbone, recycled, tmp_path, monkeypatch):
     )  # and as without a cache
 
 
-def test_terms_without_priors_are_switched_off_and_said_so(backbone):
+def test_statistics_that_lack_are_done_without_and_it_is_said(backbone):
     with pytest.warns(UserWarning) as said:
         config, prior, stats, notes = inversion_terms(backbone, InvertConfig(alpha_tokens=1.0))
-    assert (config.alpha_bn, config.alpha_tokens, prior, stats) == (0.0, 0.0, None, None) and len(
-        notes
-    ) == 2
-    assert (
-        'pass prior=' in notes[0]
-        and 'pass stats=' in notes[1]
-        and [str(w.message) for w in said] == notes
-    )
+    assert (config.alpha_bn, config.alpha_tokens, stats) == (InvertConfig().alpha_bn, 0.0, None)
+    assert len(bn_gaps(prior, torch.rand(2, 3, SIDE, SIDE))) == 52
+    assert 'pass stats=' in notes[0] and [str(w.message) for w in said] == notes
     own = torch.ones(2, 2, 5, 16)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
@@ -742,7 +740,33 @@ def test_heads_of_fewer_classes_and_five_shots(backbone):
             executor=Executor('here'),
         )
     assert found.report['distill']['way'] == 3 and found.report['distill']['shot'] == 5
-    assert len(found.report['notes']) == 3 and 'drawn letters' in found.report['notes'][2]
+    assert len(found.report['notes']) == 2 and 'drawn letters' in found.report['notes'][1]
+
+
+@pytest.mark.parametrize('name', ['miniature', 'miniature-12', 'miniature-photo'])
+def test_recycle_takes_the_settings_and_the_prior_of_the_tables(name):
+    "What `recycle` does without `settings` is what the tables measured with this backbone."
+    backbone = load_miniature(name)
+    settings, notes = _choose_settings(backbone, None)
+    assert settings == SETTINGS['photos' if name == 'miniature-photo' else 'embedded']
+    assert not notes
+    config, network, stats, notes = inversion_terms(backbone, settings.invert)
+    assert config == settings.invert and not notes
+    of_tables = load_priors(Chain(backbone, Tuned(('greek',)), settings))
+    x = normalise(noise(2, 64), backbone)
+    assert torch.equal(bn_gaps(network, x), bn_gaps(of_tables.network, x))
+    assert (stats is None) == (of_tables.token_stats is None)
+    assert stats is None or torch.equal(stats, of_tables.token_stats)
+
+
+def test_recycle_from_the_average(backbone):
+    found = recycle(backbone, tiny_market(2), start='average', **QUICK)
+    assert found.report['distill']['start'] == 'average'
+    zero = recycle(backbone, tiny_market(2), **QUICK)
+    assert zero.report['distill']['start'] == 'zero'
+    assert not torch.equal(found.lora.B, zero.lora.B)
+    with pytest.raises(ValueError, match='start'):
+        recycle(backbone, tiny_market(2), start='one', **QUICK)
 
 
 @pytest.mark.parametrize(

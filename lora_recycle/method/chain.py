@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STARTS', 'POOLS', 'STAGES', 'PRIORS', 'PRECISIONS', 'NATURAL', 'SETTINGS', 'WHOLE_RATE', 'Recipe', 'Settings',
-           'Machine', 'apply_recipe', 'Files', 'weights_file', 'cnn_prior', 'Tuned', 'Named', 'Given', 'TuneInputs',
-           'InvertInputs', 'PoolInputs', 'MetaInputs', 'Stage', 'shipped_market', 'Meta', 'Chain', 'load_priors',
-           'list_tune_inputs', 'chain_on', 'make_stage', 'compute']
+           'Machine', 'apply_recipe', 'Files', 'weights_file', 'cnn_prior', 'shipped_network', 'Tuned', 'Named',
+           'Given', 'TuneInputs', 'InvertInputs', 'PoolInputs', 'MetaInputs', 'Stage', 'shipped_market', 'Meta',
+           'Chain', 'load_priors', 'list_tune_inputs', 'chain_on', 'make_stage', 'compute']
 
 # %% ../../nbs/1_method/05_chain.ipynb #4b87c55d
 import json
@@ -183,6 +183,14 @@ _QUICK = dict(
     distill=replace(_PHOTOS['distill'], steps=80, cycle=80),
 )
 
+# %% ../../nbs/1_method/05_chain.ipynb #060ba598
+_DRAFT = dict(
+    per_class=20,
+    market=replace(_PHOTOS['market'], n_loras=4, steps=4, batch=20),
+    invert=replace(_PHOTOS['invert'], steps=4, per_class=4),
+    distill=replace(_PHOTOS['distill'], steps=4, rank=4, cycle=4, warmup=1),
+)
+
 # %% ../../nbs/1_method/05_chain.ipynb #0bf571c4
 _HOUR = dict(
     market=MarketConfig(n_loras=25),
@@ -215,6 +223,7 @@ SETTINGS = {
     ),
     'photos': Settings('photos', **_PHOTOS),
     'photos-quick': Settings('photos-quick', **_PHOTOS | _QUICK),
+    'photos-draft': Settings('photos-draft', **_PHOTOS | _DRAFT),
     'paper': Settings(
         'paper',
         MarketConfig(),
@@ -331,6 +340,15 @@ def cnn_prior(
     net = getattr(_models(), _CNNS[name])(weights=None).eval().requires_grad_(False)
     net.load_state_dict(_checkpoints().read_checkpoint(path).tensors, strict=True)
     return nn.Sequential(_Renormalise(backbone), net)
+
+
+def shipped_network(
+    name: str,  # 'miniature': of glyphs; 'mobilenet': of photos
+    backbone: Backbone,  # whose normalisation images have
+) -> nn.Module:  # frozen
+    "A network of R_BN that ships; that of photos sees images as ImageNet has them."
+    net = load_prior(name)
+    return net if name == 'miniature' else nn.Sequential(_Renormalise(backbone), net)
 
 # %% ../../nbs/1_method/05_chain.ipynb #1c72f2c7
 @dataclass(frozen=True)
@@ -702,10 +720,8 @@ def load_priors(
 def _load_network(chain: Chain) -> nn.Module:
     "The network that the settings name."
     prior = chain.settings.prior
-    if prior == 'miniature':
-        return load_prior()
-    if prior == 'mobilenet':
-        return nn.Sequential(_Renormalise(chain.backbone), load_prior(prior))
+    if prior not in _CNNS:
+        return shipped_network(prior, chain.backbone)
     return cnn_prior(prior, weights_file(chain.files.weights, _CNNS[prior]), chain.backbone)
 
 

@@ -38,7 +38,6 @@ from .exchange import Limits, parse_json, read_adapter, read_json
 from .exchange import read_tensors, tensor_header, write_adapter
 from .inputs import check_kinds, class_array, gather_images, gather_labels
 from .inputs import number_images, order_classes
-from .names import GivenNamed, name_heads, say_ways
 
 # %% ../../nbs/2_use/01_classifier.ipynb #d197d354
 import warnings
@@ -47,12 +46,13 @@ from torch import nn
 
 from ..core import Cache, check_choice, plain
 from ..jobs import Executor
-from ..method.chain import SETTINGS, Chain, Given, Machine, Recipe, Settings, compute
+from ..method.chain import SETTINGS, Chain, Given, Machine, Recipe, Settings
+from ..method.chain import compute, shipped_network
 from ..method.distill import DistillConfig
 from ..method.inversion import InvertConfig, Priors
 from ..method.lora import average_products
 from ..method.market import Market
-from ..suite.miniature import load_miniature, load_prior, load_token_stats
+from ..suite.miniature import MINIATURES, load_miniature, load_token_stats
 from .advice import AVERAGE, PLAIN, Trial, pick_lora, synthetic_scores
 
 # %% ../../nbs/2_use/01_classifier.ipynb #fb4cb38f
@@ -617,13 +617,10 @@ def _describe_answers(answers: dict) -> list[dict]:
     return lines
 
 # %% ../../nbs/2_use/01_classifier.ipynb #008d0978
-def _shipped_terms(backbone: Backbone, prior, stats) -> tuple:
-    "Prior and statistics, what is None from the package if `backbone` is the miniature."
-    shipped = backbone.name == 'miniature' and backbone.digest == load_miniature().digest
-    if not shipped:
-        return prior, stats
-    prior = load_prior() if prior is None else prior
-    return prior, load_token_stats() if stats is None else stats
+def _is_of_glyphs(backbone: Backbone) -> bool:
+    "Whether it is a miniature that ships, trained on drawn letters."
+    name = backbone.name
+    return name in MINIATURES and backbone.digest == load_miniature(name).digest
 
 
 def _check_stats(stats: Tensor | None, backbone: Backbone):
@@ -637,20 +634,24 @@ def _check_stats(stats: Tensor | None, backbone: Backbone):
 # %% ../../nbs/2_use/01_classifier.ipynb #d313fae6
 def inversion_terms(
     backbone: Backbone,  # that is inverted
-    config: InvertConfig,  # whose priors may be missing
-    prior: nn.Module | None = None,  # network of R_BN; None: the miniature's, if it is that
-    stats: Tensor | None = None,  # of public tokens [L,2,N,D]; None: the miniature's
+    config: InvertConfig,  # whose priors are wanted
+    prior: nn.Module | None = None,  # network of R_BN; None: that of glyphs, or of photos
+    stats: Tensor | None = None,  # of public tokens [L,2,N,D]; None: the miniature's, if it is one
 ) -> tuple:  # config, prior, stats, list of notes
-    "With what `backbone` can be inverted; a term that lacks its prior is switched off."
-    notes = []
-    prior, stats = _shipped_terms(backbone, prior, stats)
+    "With what `backbone` can be inverted; token statistics that lack are done without."
+    notes, glyphs = [], _is_of_glyphs(backbone)
+    if prior is None and config.alpha_bn:
+        prior = shipped_network('miniature' if glyphs else 'mobilenet', backbone)
+    if stats is None and glyphs:
+        stats = load_token_stats(backbone.name)
     _check_stats(stats, backbone)
-    for name, weight, given in (('prior', 'alpha_bn', prior), ('stats', 'alpha_tokens', stats)):
-        if given is None and getattr(config, weight):
-            note = f'{weight} was set to 0: there is no {name} for {backbone.name}, '
-            notes.append(f'{note}so the images are less natural; pass {name}=')
-            warnings.warn(notes[-1], stacklevel=3)
-            config = replace(config, **{weight: 0.0})
+    if stats is None and config.alpha_tokens:
+        notes.append(
+            f'alpha_tokens was set to 0: there are no token statistics for {backbone.name}, so the '
+            'images are less natural; pass stats='
+        )
+        warnings.warn(notes[0], stacklevel=3)
+        config = replace(config, alpha_tokens=0.0)
     device = backbone.device
     prior, stats = (x if x is None else x.to(device) for x in (prior, stats))
     return config, prior, stats, notes
@@ -681,7 +682,12 @@ def check_market(
     if lora.size is None:
         raise ValueError('market is a single LoRA; make a market of it: stack_loras([lora])')
     if lora.W is None:
-        raise ValueError(say_ways(lora, backbone))
+        raise ValueError(
+            f'the market has no heads, which inversion needs. Of three ways two are open: average '
+            f'or merge its {lora.size} LoRAs, which needs none (average(market)); by class names, '
+            'where the backbone has a text tower and you know the classes of each LoRA: give it '
+            'heads of texts (rivals.text.with_texts). Recycling as it is needs head="need"'
+        )
     if not lora.size:
         raise ValueError('market is empty; it needs at least one LoRA')
     check_lora(replace(lora[0], W=None, b=None), backbone)
@@ -706,6 +712,7 @@ class RecycleResult:
 class RecycleOptions:
     "What `recycle` can be told besides its settings."
 
+    start: str | None = None  # 'zero' or 'average'; None: that of the settings, the paper's zero
     invert_config: InvertConfig | None = None  # None: that of the settings
     distill_config: DistillConfig | None = None  # None: that of the settings
     prior: nn.Module | None = None  # see `inversion_terms`
@@ -715,23 +722,30 @@ class RecycleOptions:
     held_out: int | None = None  # images a class for the report alone; None: shot + 3
     n_tasks: int = 200  # synthetic episodes of the report
     executor: Executor = Executor()  # where the parts are computed
-    names: list | None = None  # of the classes of each LoRA, for a market without heads
-    texts: str | None = None  # where the text tower is; None: what the backbone was read from
 
 # %% ../../nbs/2_use/01_classifier.ipynb #55919ba8
 _DRAWN = (
-    'the settings were chosen on drawn letters (two colours an image, few steps); '
-    "for photos give invert_config: InvertConfig() has the paper's defaults"
+    'these settings were chosen on drawn letters (two colours an image), this backbone sees '
+    "photos: leave settings= out, or give settings='photos'"
 )
+
+
+def _choose_settings(backbone: Backbone, settings: Settings | str | None) -> tuple:
+    "Settings, and a note if they are of glyphs and the backbone is not."
+    glyphs = _is_of_glyphs(backbone)
+    if settings is None:
+        settings = 'embedded' if glyphs else 'photos'
+    if isinstance(settings, str):
+        settings = SETTINGS[check_choice('settings', settings, SETTINGS)]
+    return settings, [_DRAWN] if settings.invert.two_colours and not glyphs else []
 
 
 def _fit_settings(market: LoRA, settings, shot: int, options: RecycleOptions) -> Settings:
     "The settings for this market: no more ways than its heads have, enough images a class."
-    if isinstance(settings, str):
-        settings = SETTINGS[check_choice('settings', settings, SETTINGS)]
     ways = market.W.shape[2]
     known = replace(settings.distill, way=min(settings.distill.way, ways))
     distill = replace(options.distill_config or known, shot=check_int('shot', shot, 1))
+    distill = replace(distill, start=options.start or distill.start)
     need = distill.shot + distill.n_query
     known = replace(settings.invert, per_class=max(settings.invert.per_class, need))
     invert = options.invert_config or known
@@ -740,21 +754,11 @@ def _fit_settings(market: LoRA, settings, shot: int, options: RecycleOptions) ->
             f'invert_config.per_class={invert.per_class} is below shot + n_query = {need} '
             'of meta-training; raise it'
         )
-    if options.names is not None and distill.distance == 'head':
-        raise ValueError("distill_config.distance='head' needs heads that were tuned, not names")
     if distill.way > ways:
         raise ValueError(f'distill_config.way={distill.way} exceeds the {ways} classes of a head')
     return replace(settings, invert=invert, distill=distill)
 
 # %% ../../nbs/2_use/01_classifier.ipynb #b482ccb2
-def _named_market(market, backbone: Backbone, options: RecycleOptions):
-    "`market` with heads of class names if the options give any; else as it is."
-    lora = market.lora if isinstance(market, Market) else market
-    if options.names is None or not isinstance(lora, LoRA) or lora.size is None:
-        return market
-    return name_heads(lora, backbone, options.names, options.texts)
-
-
 def _make_chains(
     backbone: Backbone, market: LoRA, settings: Settings, seed: int, options: RecycleOptions
 ) -> tuple:
@@ -765,13 +769,12 @@ def _make_chains(
     recipe = Recipe(settings.distill.start, plan=invert.plan, drop=invert.drop, rule=invert.rule)
     store = None if options.cache_dir is None else Cache(options.cache_dir)
     machine = Machine(chunk=options.chunk, executor=options.executor)
-    kind = Given if options.names is None else GivenNamed
-    given = kind(market, Priors(prior, stats))
+    given = Given(market, Priors(prior, stats))
     chain = Chain(backbone, given, settings, seed, store, machine)
     least = settings.distill.shot + 1
     held = least + 2 if options.held_out is None else options.held_out
     fewer = replace(invert, per_class=check_int('held_out', held, least))
-    source = kind(market, Priors(prior, stats), 'held out')
+    source = Given(market, Priors(prior, stats), 'held out')
     settings = replace(settings, invert=fewer)
     return chain, replace(chain, source=source, settings=settings, store=chain.store), recipe, notes
 
@@ -797,21 +800,21 @@ def _report(chain: Chain, held: Chain, teacher_accuracy: Tensor, notes: list[str
 # %% ../../nbs/2_use/01_classifier.ipynb #75b3c01e
 def recycle(
     backbone: Backbone,  # frozen
-    market: LoRA | Market,  # M LoRAs with heads, or with `names`; no image is needed
-    settings: Settings | str = 'embedded',  # or 'smoke' for a look
+    market: LoRA | Market,  # M LoRAs with heads; no image is needed
+    settings: Settings | str | None = None,  # None: by the backbone; 'photos-draft' for a look
     shot: int = 1,  # images a class that the meta-LoRA is for
     seed: int = 0,  # of all that is drawn
     **options,  # fields of `RecycleOptions`
 ) -> RecycleResult:
     "Make one meta-LoRA out of the LoRAs in `market` (Sec. 4)."
     options = RecycleOptions(**options)
-    market = check_market(_named_market(market, backbone, options), backbone)
-    drawn = backbone.name != 'miniature' and options.invert_config is None
+    market = check_market(market, backbone)
+    settings, drawn = _choose_settings(backbone, settings)
     settings = _fit_settings(market, settings, shot, options)
     chain, held, recipe, notes = _make_chains(backbone, market, settings, seed, options)
-    if drawn:
-        notes.append(_DRAWN)
-        warnings.warn(_DRAWN, stacklevel=2)
+    if drawn and options.invert_config is None:
+        notes += drawn
+        warnings.warn(drawn[0], stacklevel=2)
     jobs = chain.stages([recipe], [shot]) + held.stages([recipe], [])
     compute([chain, held], jobs, 'recycle')
     meta = chain.meta(recipe, shot)
