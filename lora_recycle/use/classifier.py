@@ -38,6 +38,7 @@ from .exchange import Limits, parse_json, read_adapter, read_json
 from .exchange import read_tensors, tensor_header, write_adapter
 from .inputs import check_kinds, class_array, gather_images, gather_labels
 from .inputs import number_images, order_classes
+from .names import GivenNamed, name_heads, say_ways
 
 # %% ../../nbs/2_use/01_classifier.ipynb #d197d354
 import warnings
@@ -639,7 +640,8 @@ def inversion_terms(
     stats: Tensor | None = None,  # of public tokens [L,2,N,D]; None: the miniature's, if it is one
 ) -> tuple:  # config, prior, stats, list of notes
     "With what `backbone` can be inverted; token statistics that lack are done without."
-    notes, glyphs = [], _is_of_glyphs(backbone)
+    notes = []
+    glyphs = _is_of_glyphs(backbone)
     if prior is None and config.alpha_bn:
         prior = shipped_network('miniature' if glyphs else 'mobilenet', backbone)
     if stats is None and glyphs:
@@ -682,12 +684,7 @@ def check_market(
     if lora.size is None:
         raise ValueError('market is a single LoRA; make a market of it: stack_loras([lora])')
     if lora.W is None:
-        raise ValueError(
-            f'the market has no heads, which inversion needs. Of three ways two are open: average '
-            f'or merge its {lora.size} LoRAs, which needs none (average(market)); by class names, '
-            'where the backbone has a text tower and you know the classes of each LoRA: give it '
-            'heads of texts (rivals.text.with_texts). Recycling as it is needs head="need"'
-        )
+        raise ValueError(say_ways(lora, backbone))
     if not lora.size:
         raise ValueError('market is empty; it needs at least one LoRA')
     check_lora(replace(lora[0], W=None, b=None), backbone)
@@ -722,6 +719,8 @@ class RecycleOptions:
     held_out: int | None = None  # images a class for the report alone; None: shot + 3
     n_tasks: int = 200  # synthetic episodes of the report
     executor: Executor = Executor()  # where the parts are computed
+    names: list | None = None  # of the classes of each LoRA, for a market without heads
+    texts: str | None = None  # where the text tower is; None: what the backbone was read from
 
 # %% ../../nbs/2_use/01_classifier.ipynb #55919ba8
 _DRAWN = (
@@ -754,11 +753,21 @@ def _fit_settings(market: LoRA, settings, shot: int, options: RecycleOptions) ->
             f'invert_config.per_class={invert.per_class} is below shot + n_query = {need} '
             'of meta-training; raise it'
         )
+    if options.names is not None and distill.distance == 'head':
+        raise ValueError("distill_config.distance='head' needs heads that were tuned, not names")
     if distill.way > ways:
         raise ValueError(f'distill_config.way={distill.way} exceeds the {ways} classes of a head')
     return replace(settings, invert=invert, distill=distill)
 
 # %% ../../nbs/2_use/01_classifier.ipynb #b482ccb2
+def _named_market(market, backbone: Backbone, options: RecycleOptions):
+    "`market` with heads of class names if the options give any; else as it is."
+    lora = market.lora if isinstance(market, Market) else market
+    if options.names is None or not isinstance(lora, LoRA) or lora.size is None:
+        return market
+    return name_heads(lora, backbone, options.names, options.texts)
+
+
 def _make_chains(
     backbone: Backbone, market: LoRA, settings: Settings, seed: int, options: RecycleOptions
 ) -> tuple:
@@ -769,12 +778,13 @@ def _make_chains(
     recipe = Recipe(settings.distill.start, plan=invert.plan, drop=invert.drop, rule=invert.rule)
     store = None if options.cache_dir is None else Cache(options.cache_dir)
     machine = Machine(chunk=options.chunk, executor=options.executor)
-    given = Given(market, Priors(prior, stats))
+    kind = Given if options.names is None else GivenNamed
+    given = kind(market, Priors(prior, stats))
     chain = Chain(backbone, given, settings, seed, store, machine)
     least = settings.distill.shot + 1
     held = least + 2 if options.held_out is None else options.held_out
     fewer = replace(invert, per_class=check_int('held_out', held, least))
-    source = Given(market, Priors(prior, stats), 'held out')
+    source = kind(market, Priors(prior, stats), 'held out')
     settings = replace(settings, invert=fewer)
     return chain, replace(chain, source=source, settings=settings, store=chain.store), recipe, notes
 
@@ -800,7 +810,7 @@ def _report(chain: Chain, held: Chain, teacher_accuracy: Tensor, notes: list[str
 # %% ../../nbs/2_use/01_classifier.ipynb #75b3c01e
 def recycle(
     backbone: Backbone,  # frozen
-    market: LoRA | Market,  # M LoRAs with heads; no image is needed
+    market: LoRA | Market,  # M LoRAs with heads, or with `names`; no image is needed
     settings: Settings | str | None = None,  # None: by the backbone; 'photos-draft' for a look
     shot: int = 1,  # images a class that the meta-LoRA is for
     seed: int = 0,  # of all that is drawn
@@ -808,7 +818,7 @@ def recycle(
 ) -> RecycleResult:
     "Make one meta-LoRA out of the LoRAs in `market` (Sec. 4)."
     options = RecycleOptions(**options)
-    market = check_market(market, backbone)
+    market = check_market(_named_market(market, backbone, options), backbone)
     settings, drawn = _choose_settings(backbone, settings)
     settings = _fit_settings(market, settings, shot, options)
     chain, held, recipe, notes = _make_chains(backbone, market, settings, seed, options)
