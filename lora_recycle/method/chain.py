@@ -183,7 +183,7 @@ _QUICK = dict(
     distill=replace(_PHOTOS['distill'], steps=80, cycle=80),
 )
 
-# %% ../../nbs/1_method/05_chain.ipynb #060ba598
+# %% ../../nbs/1_method/05_chain.ipynb #f729d459
 _DRAFT = dict(
     per_class=20,
     market=replace(_PHOTOS['market'], n_loras=4, steps=4, batch=20),

@@ -738,7 +738,7 @@ def _choose_settings(backbone: Backbone, settings: Settings | str | None) -> tup
         settings = SETTINGS[check_choice('settings', settings, SETTINGS)]
     return settings, [_DRAWN] if settings.invert.two_colours and not glyphs else []
 
-
+# %% ../../nbs/2_use/01_classifier.ipynb #77de0c26
 def _fit_settings(market: LoRA, settings, shot: int, options: RecycleOptions) -> Settings:
     "The settings for this market: no more ways than its heads have, enough images a class."
     ways = market.W.shape[2]
