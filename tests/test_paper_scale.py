@@ -126,7 +126,7 @@ def tiny_weights(tmp_path_factory):
 def small(sets, tiny_weights, monkeypatch):
     "Tiny sets and tiny models in their places; nothing is rehearsed unless a test says so"
     layouts.trust(sets, monkeypatch)
-    monkeypatch.setattr(module, 'rehearse', lambda to: dict.fromkeys(module.STAGES, 1.0))
+    monkeypatch.setattr(module, 'rehearse', lambda to, stages: dict.fromkeys(stages, 1.0))
     shrink_models(monkeypatch)
     return Files(str(sets), str(tiny_weights))
 
@@ -409,7 +409,7 @@ def test_the_hour_fits_where_it_is_meant_to():
 
 def test_who_is_too_slow_for_the_hour_is_told_before(small, tmp_path, monkeypatch):
     slow = dict.fromkeys(('tuning', 'inversion', 'meta-training', 'testing'), 1e9)
-    monkeypatch.setattr(module, 'rehearse', lambda to: slow)
+    monkeypatch.setattr(module, 'rehearse', lambda to, stages: slow)
     place = Place(Cache(tmp_path), files=small)
     checks = preflight('in_domain', SHORT, ('nn', 'recycle'), place, exact=False)
     with pytest.raises(ValueError, match='time, all stages: Take a faster GPU.*-p hours'):

@@ -217,24 +217,46 @@ def try_switches(
     size: DeviceSize,  # shape, batch and rounds
     compiled: bool = False,  # try torch.compile, which takes a minute or needs a compiler
 ) -> list[dict]:  # part, metric, value, note
-    "What fused attention and torch.compile bring to `encode`: times as fast."
+    "What fused attention, CUDA graphs and torch.compile bring to `encode`: times as fast."
     backbone = random_backbone(size.shape, generator(0)).to(device)
     gen = generator(0, 'device')
     x = torch.randn(size.batch, 3, backbone.side, backbone.side, generator=gen).to(device)
     look = torch.no_grad()(lambda: encode(backbone, x).features)
-    tried = dict(fused=(look, partial(_write_out, look)))
+    tried = dict(fused=(lambda: look, partial(_write_out, look)))
+    tried['graph'] = (partial(_capture, look, device), look)
     if compiled:
-        tried['compiled'] = (torch.compile(look), look)
+        tried['compiled'] = (partial(torch.compile, look), look)
     rows = []
-    for name, (new, old) in tried.items():
+    for name, (make, old) in tried.items():
         row = dict(part=name, precision='float32', metric='times_as_fast')
         try:
-            found = compare(interleaved({'old': old, 'new': new}, size.repeats, warmup=2))
+            found = compare(interleaved({'old': old, 'new': make()}, size.repeats, warmup=2))
             row |= dict(value=found['ratio']['new'], note='')
         except Exception as err:  # of a compiler that is not there, or of an old card
             row |= dict(value=float('nan'), note=f'{type(err).__name__}: {err}'[:200])
         rows.append(row)
     return rows
+
+# %% ../../nbs/5_bench/11_device.ipynb #59686cca
+def _capture(look: Callable, device: str) -> Callable:
+    "`look` recorded as a CUDA graph, whose kernels are started at once; RuntimeError without."
+    if torch.device(device).type != 'cuda':
+        raise RuntimeError('CUDA graphs need a GPU')
+    beside = torch.cuda.Stream(device)
+    with torch.cuda.stream(beside):
+        for _ in range(3):  # libraries are loaded, memory is taken
+            look()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        features = look()
+
+    def replay() -> Tensor:
+        "The features, made again."
+        graph.replay()
+        return features
+
+    return replay
 
 
 def _write_out(look: Callable):

@@ -10,7 +10,7 @@ __all__ = ['SCALES', 'ROLES', 'NEEDS', 'HALVES', 'PMF_RATE', 'LORAS', 'IMAGES', 
            'predict_average', 'plan_merge', 'merge_planned', 'predict_merged', 'predict_cut', 'load_caml',
            'predict_caml', 'predict_probe', 'predict_simple', 'predict_names', 'predict_tip', 'Lesson', 'load_pmf',
            'choose_validated', 'predict_tuned', 'predict_hub', 'name_chain', 'predict_by_text', 'predict_together',
-           'make_merges', 'make_pair', 'make_named_pair', 'describe_methods', 'Cell', 'answer_cell']
+           'choose_votes', 'make_merges', 'make_pair', 'make_named_pair', 'describe_methods', 'Cell', 'answer_cell']
 
 # %% ../../nbs/5_bench/03_methods.ipynb #ac1b8ebd
 from dataclasses import dataclass, replace
@@ -28,10 +28,13 @@ from ..method.inversion import SMI_DROP
 from ..method.lora import LoRA, average_factors, average_products, new_lora
 from ..method.lora import pack_lora, truncate_rank, unpack_lora
 from lora_recycle.rivals.features import (
+    WEIGHT,
+    WEIGHTS,
     CamlConfig,
     answer_together,
     caml_predict,
     choose_tip,
+    choose_weight,
     linear_probe,
     new_caml,
     public_images,
@@ -61,7 +64,7 @@ from lora_recycle.rivals.finetune import (
 )
 from ..rivals.merge import MergeGrid, choose_merge, merge
 from ..rivals.text import hub_named, mole_named, name_texts
-from ..suite.episodes import Episodes, draw_episodes
+from ..suite.episodes import SAMPLERS, Episodes, draw_episodes, draw_varied_episodes
 from lora_recycle.suite.evaluate import (
     embed,
     embed_used,
@@ -89,10 +92,13 @@ class Scale:
     hub: HubConfig = HubConfig()
     caml: CamlConfig = CamlConfig(way=20)
     merge: MergeGrid = MergeGrid()
+    votes: tuple = WEIGHTS  # of neighbours in LaplacianShot, of which validation classes choose
+    sampler: str = 'equal'  # of test episodes, of `episodes.SAMPLERS`; 'meta': ways, shots vary
     machine: Machine = Machine()  # unless a run says otherwise
     columns: tuple = ()  # of one's own sets, see `tables.choose_columns`; (): those of the table
     backbone: str = ''  # in place of those of the table
     hours: float = 0.0  # that its tables are meant to take on one GPU; 0: not said
+    beside: tuple = ()  # ids of methods that tables with a selection 'quick' have beside theirs
 
     @property
     def name(self) -> str:
@@ -132,6 +138,7 @@ SCALES['hour'] = Scale(
     suite='paper',
     columns=((('cifar_fs',), 'cifar_fs'),),
     hours=1.0,
+    beside=('merge-ties', 'merge-tsv-m'),
     machine=Machine('bfloat16', chunk=2, tune_chunk=1),
 )
 
@@ -217,6 +224,11 @@ class Method:
     against: str = ''  # id of the method that a reader compares it with, if not plain ours
     recipe: Recipe | None = None  # of ours
     tuning: Tuning | None = None  # of those that are fine-tuned for each episode
+
+    @property
+    def takes_varied(self) -> bool:
+        "Whether it answers episodes whose ways and shots vary."
+        return not self.per_episode and 'caml' not in self.configs
 
     def __post_init__(self):
         check_choice('role', self.role, ROLES)
@@ -640,8 +652,45 @@ def predict_together(
     lora_of: Callable[[Chain, Exam], LoRA | None] = _no_lora,  # whose features are read
 ) -> Tensor:  # [T,way,n_query]
     "All queries of a task at once, on the features with a LoRA."
-    features = read_features(chain, exam.data, lora_of(chain, exam))
-    return answer_together(name, features, exam.episodes)
+    lora = lora_of(chain, exam)
+    how = dict(weight=choose_votes(chain, exam, lora)) if name == 'laplacian' else {}
+    return answer_together(name, read_features(chain, exam.data, lora), exam.episodes, **how)
+
+
+def _ask_validation(chain: Chain, exam: Exam, n_tasks: int) -> list[tuple]:
+    "Validation images of each source that has two such classes, and episodes of them."
+    found = []
+    for source in chain.sources:
+        val = chain.open(source).split('val')
+        counts = val.labels.bincount(minlength=len(val.classes))[list(val.splits['val'])]
+        way = min(exam.read('way'), len(counts))
+        least = counts.min().item() if way > 1 else 0
+        n_query = min(exam.read('n_query'), least - exam.shot)
+        if n_query > 0:
+            given = (n_tasks // len(chain.sources) + 1, way, exam.shot, n_query, chain.seed)
+            found.append((val, draw_episodes(val, 'val', *given)))
+    return found
+
+# %% ../../nbs/5_bench/03_methods.ipynb #babfc264
+def choose_votes(
+    chain: Chain,  # stages, store, backbone
+    exam: Exam,  # episodes and sizes
+    lora: LoRA | None = None,  # whose features are read; None: the plain backbone
+) -> float:
+    "LaplacianShot's weight: what is best on validation classes of the chain's sources."
+    given = dict(chain=chain.inputs, lora=None if lora is None else digest(pack_lora(lora)))
+    given |= dict(shot=exam.shot, sizes=exam.sizes)
+
+    def make():
+        "Choose; without validation classes the method's own."
+        asked = _ask_validation(chain, exam, 60)
+        seen = [(embed_used(chain.backbone, v.images, e, lora), e) for v, e in asked]
+        solve = lambda weight, pair: answer_together('laplacian', *pair, weight=weight)
+        right = lambda w: sum(int(right_answers(solve(w, pair)).sum()) for pair in seen)
+        weights = exam.read('votes') if asked else (WEIGHT,)
+        return dict(weight=torch.tensor(choose_weight(right, weights), dtype=torch.float64))
+
+    return chain.store.get('votes', given, make)['weight'].item()
 
 # %% ../../nbs/5_bench/03_methods.ipynb #b90d9cb4
 def _named_mole(chain: Chain, exam: Exam) -> LoRA:
@@ -779,6 +828,7 @@ TRANSDUCTIVES = (
     Method(
         *('laplacian', 'LaplacianShot'),
         **_together('laplacian', _no_lora),
+        configs=('votes',),
         plain=True,
         against='nn',
     ),
@@ -786,6 +836,7 @@ TRANSDUCTIVES = (
     Method(
         *('average-laplacian', 'LoRAs Avg + LaplacianShot'),
         **_together('laplacian', _named_average),
+        configs=('votes',),
         **_LENT,
     ),
 )
@@ -1047,6 +1098,7 @@ class Cell:
         m = self.method
         asked = dict(target=self.target, split=self.split, shot=self.shot, n=self.n)
         asked |= dict(method=m.id, recipe=m.recipe, tuning=m.tuning, sizes=self.sizes)
+        asked |= dict(sampler=self.scale.sampler) if self.scale.sampler != 'equal' else {}
         return dict(chain=self.chain.inputs, exam=asked)
 
     @property
@@ -1055,19 +1107,33 @@ class Cell:
         return self.chain.store.entry('answers', self.key)
 
 # %% ../../nbs/5_bench/03_methods.ipynb #eea977b1
+def _draw(cell: Cell, data: ImageSet) -> Episodes:
+    "The episodes of a cell; ValueError for a method that cannot take those that vary."
+    seed = cell.chain.seed
+    if check_choice('sampler', cell.scale.sampler, SAMPLERS) == 'equal':
+        sizes = (cell.n, cell.scale.way, max(cell.shot, 1), cell.scale.n_query)
+        return draw_episodes(data, cell.split, *sizes, seed)
+    if not cell.method.takes_varied:
+        raise ValueError(
+            f'method {cell.method.id!r} cannot take tasks whose ways and shots vary; '
+            "leave it out, or take sampler='equal'"
+        )
+    return draw_varied_episodes(data, cell.split, cell.n, seed)
+
+
 def answer_cell(
     cell: Cell,  # a method on a set
-) -> dict:  # right: answers of each episode [T]; diverged: how many episodes
+) -> dict:  # right: answers of each episode [T]; diverged: how many; asked [T] where it varies
     "What a cell measures (stage 4), from the store; at 0 shots no support is read."
-    scale = cell.scale
 
     def make():
         "Answer the episodes."
         data = cell.chain.open(cell.target).split(cell.split)
-        sizes = (cell.n, scale.way, max(cell.shot, 1), scale.n_query)
-        episodes = draw_episodes(data, cell.split, *sizes, cell.chain.seed)
+        episodes = _draw(cell, data)
         predicted = cell.method.predict(cell.chain, Exam(data, episodes, cell.shot, cell.sizes))
         lost = (predicted < 0).all(-1).all(-1).sum()
-        return dict(right=right_answers(predicted), diverged=lost)
+        found = dict(right=right_answers(predicted), diverged=lost)
+        varied = cell.scale.sampler == 'meta'
+        return found | (dict(asked=(episodes.query >= 0).sum((1, 2))) if varied else {})
 
     return cell.chain.store.get('answers', cell.key, make, cell.chain.backbone.device)

@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
+from .results import name_shot
+
 # %% ../../nbs/5_bench/01_plots.ipynb #64b0b360
 def image_rows(
     rows: dict[str, Tensor],  # name -> images uint8 [n,3,H,W]; n may differ from row to row
@@ -87,9 +89,9 @@ def _draw_dots(ax, points: pd.DataFrame, order: list, roles: dict):
         ax.spines[side].set_visible(False)
 
 
-def _name_panel(backbone: str, shot: int, several: bool) -> str:
+def _name_panel(backbone: str, shot: str, several: bool) -> str:
     "What stands above a panel."
-    return ', '.join(([backbone] if several else []) + [f'{shot}-shot'])
+    return ', '.join(([backbone] if several else []) + [shot])
 
 # %% ../../nbs/5_bench/01_plots.ipynb #603decdf
 def _dot_legend(roles):
@@ -103,12 +105,12 @@ def _dot_legend(roles):
     ]
 
 # %% ../../nbs/5_bench/01_plots.ipynb #3c24f32e
-def _draw_panels(axes, points: pd.DataFrame, order: list, roles: dict):
-    "A panel for each backbone and number of shots in `points`."
+def _draw_panels(axes, points: pd.DataFrame, order: list, roles: dict, names: dict):
+    "A panel for each backbone and number of shots in `points`; `names` of the latter."
     several = points['backbone'].nunique() > 1
     for ax, ((backbone, shot), part) in zip(axes, points.groupby(['backbone', 'shot'], sort=False)):
         _draw_dots(ax, part, order, roles)
-        ax.set_title(_name_panel(backbone, shot, several), fontsize=9)
+        ax.set_title(_name_panel(backbone, names[shot], several), fontsize=9)
         ax.set_xlabel('accuracy, %, average of the sets', fontsize=8)
 
 # %% ../../nbs/5_bench/01_plots.ipynb #92235013
@@ -127,7 +129,9 @@ def method_dots(
     size = (2.4 + 2.9 * n, 0.9 + 0.2 * len(order))
     how = dict(figsize=size, sharey=True, squeeze=False, layout='constrained')
     fig, axes = plt.subplots(1, n, **how)
-    _draw_panels(axes[0], points, order, roles)
+    ways = rows.get('way', pd.Series(0, rows.index))
+    names = {shot: name_shot(shot, way) for shot, way in zip(rows['shot'], ways)}
+    _draw_panels(axes[0], points, order, roles, names)
     axes[0, 0].set_yticks(range(len(order)), [titles[m] for m in order], fontsize=8)
     for tick, method in zip(axes[0, 0].get_yticklabels(), order):
         tick.set_color(ROLE_COLOURS['ours'] if roles[method] == 'ours' else '.25')

@@ -16,7 +16,7 @@ import pandas as pd
 from .claims import Verdict
 from .intervals import common_tasks, paired_difference
 from .methods import METHODS, TRANSDUCTIVE
-from .results import PAPER_TABLES, SUPPLEMENT, paper_table, pivot_rows
+from .results import PAPER_TABLES, SUPPLEMENT, name_shot, paper_table, pivot_rows
 from .runs import SeedRun
 from ..core import check_choice
 
@@ -165,8 +165,9 @@ def measure_best(
         return measure_gains(run, [])
     value, _ = pivot_rows(accuracy)
     rows = []
+    shots = {name_shot(r.shot, r.way): r.shot for r in accuracy.itertuples()}
     for dataset, what in value.columns:
-        shot = int(what.removesuffix('-shot'))
+        shot = shots[what]
         best = {name: value.loc[ids, (dataset, what)].idxmax() for name, ids in families.items()}
         for name in list(families)[1:]:
             found = _measure_pair(run, (best['best of ours'], best[name]), shot, '')
@@ -207,7 +208,7 @@ def write_answer(
     sets = run.rows.loc[run.rows['metric'] == 'accuracy', 'dataset'].nunique()
     where = f'on the average of {sets} sets' if sets > 1 else f'on {shown["dataset"].iloc[0]}'
     shown = shown[shown['backbone'] == shown['backbone'].iloc[0]]
-    shot = f'{shown["shot"].iloc[0]} shot'
+    shot = 'varied shots' if run.varied else f'{shown["shot"].iloc[0]} shot'
     sentences = []
     plain = [i for i in dict.fromkeys(shown['ours']) if i in METHODS and _is_plain(METHODS[i])]
     for method_id in plain:
@@ -295,11 +296,13 @@ def write_values(
 def write_gains(
     gains: pd.DataFrame,  # see `measure_gains`
     titles: dict,  # id -> title
+    varied: bool = False,  # ways and shots of tasks vary
 ) -> str:  # markdown
     "The difference of each pair with its interval, the average of the sets first."
     columns = list(dict.fromkeys(zip(gains['shot'], gains['dataset'])))
     columns.sort(key=lambda c: (c[1] != 'average', c[0]))
-    head = ['gain in points', *(f'{dataset} {shot}-shot' for shot, dataset in columns)]
+    way = None if varied else 0
+    head = ['gain in points', *(f'{d} {name_shot(shot, way)}' for shot, d in columns)]
     lines = []
     for (ours, base, backbone), part in gains.groupby(['ours', 'base', 'backbone'], sort=False):
         cells = {(g.shot, g.dataset): g for g in part.itertuples()}
@@ -356,8 +359,9 @@ def _write_paper(table: str) -> str:
 def _write_facts(rows: pd.DataFrame) -> str:
     "What all cells have in common."
     several = lambda name: ', '.join(map(str, dict.fromkeys(rows[name].dropna())))
+    ways = f'{several("way")}-way' if rows['way'].notna().any() else 'ways and shots that vary'
     text = (
-        f'Scale `{rows["scale"].iloc[0]}`, backbone {several("backbone")}, {several("way")}-way, '
+        f'Scale `{rows["scale"].iloc[0]}`, backbone {several("backbone")}, {ways}, '
         f'{several("n_tasks")} tasks a cell, seed {rows["seed"].iloc[0]}. Accuracies in percent '
         'with half of the 95 % interval over tasks, which does not hold the spread between '
         'training seeds. **Best**, <u>second</u>; *bounds* may see what recycling must not.'
@@ -370,6 +374,9 @@ def _write_facts(rows: pd.DataFrame) -> str:
             "the others', the gains do."
         )
     return text + '\n\n'
+
+
+_GAINS = '## Gains\n\nTask by task, with 95 % intervals.\n\n'
 
 
 def _check_one(rows: pd.DataFrame):
@@ -403,7 +410,7 @@ def write_page(
     if len(gains):
         both = pd.concat([gains, measure_best(run)])
         named = {name: name for name in (*both['ours'], *both['base'])} | titles
-        text += f'## Gains\n\nTask by task, with 95 % intervals.\n\n{write_gains(both, named)}\n'
+        text += f'{_GAINS}{write_gains(both, named, run.varied)}\n'
     verdicts = write_verdicts(judged)
     if verdicts:
         text += f'## Claims, judged by this seed\n\n{verdicts}\n'

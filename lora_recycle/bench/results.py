@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPE_COLUMNS', 'COLUMNS', 'TIME_COLUMNS', 'PAPER_TABLES', 'SUPPLEMENT', 'write_rows', 'read_rows', 'method_columns',
-           'paper_table', 'episode_key', 'write_episodes', 'read_episodes', 'pivot_rows', 'run_record']
+           'paper_table', 'episode_key', 'name_shot', 'write_episodes', 'read_episodes', 'pivot_rows', 'run_record']
 
 # %% ../../nbs/5_bench/00_results.ipynb #852e11b8
 import importlib.resources
@@ -184,27 +184,40 @@ def episode_key(
     "The name under which `write_episodes` keeps the tasks of one cell of a table."
     return '|'.join(map(str, (dataset, shot, method, *filter(None, [backbone]))))
 
+# %% ../../nbs/5_bench/00_results.ipynb #408fc719
+def name_shot(
+    shot: int,  # supports of a class
+    way,  # classes of a task; not known: they vary, as the shots do
+) -> str:
+    "How a column of accuracies is called."
+    return 'varied' if pd.isna(way) else f'{shot}-shot'
+
 
 def _check_count(key, count, questions):
     "ValueError unless `count` is a whole number from 0 to `questions` for each task."
     legal = count.ndim == 1 and count.dtype.kind in 'iu'
-    if not legal or count.min(initial=0) < 0 or count.max(initial=0) > questions:
+    if not legal or count.min(initial=0) < 0 or (count > questions).any():
         raise ValueError(
             f'counts[{key!r}] is not legal. '
-            f'Give one whole number from 0 to {questions} for each task.'
+            f'Give one whole number from 0 to {questions.max()} for each task.'
         )
 
-
+# %% ../../nbs/5_bench/00_results.ipynb #6b2a1412
 def write_episodes(
     folder,  # such as results/<table>; made if it is missing
     counts: dict,  # `episode_key` -> right answers in each task, whole numbers [T]
-    questions: int,  # queries in each task: ways x queries a class
+    questions,  # queries in each task, a number; where tasks vary, `episode_key` -> [T]
 ):
     "Write `counts` to `folder`/episodes.npz; ValueError if one is not from 0 to `questions`."
-    arrays = {'questions': np.array(questions)}
+    varied = isinstance(questions, dict)
+    arrays = {} if varied else {'questions': np.array(questions)}
     for key, count in counts.items():
-        _check_count(key, np.asarray(count), questions)
-        arrays[key] = np.asarray(count).astype(np.min_scalar_type(questions))
+        asked = np.asarray(questions[key] if varied else questions)
+        _check_count(key, np.asarray(count), asked)
+        kind = np.min_scalar_type(asked.max())
+        arrays[key] = np.asarray(count).astype(kind)
+        if varied:
+            arrays[f'questions|{key}'] = asked.astype(kind)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_bytes(Path(folder) / 'episodes.npz', buffer.getvalue())
@@ -218,8 +231,9 @@ def read_episodes(
     if not path.exists():
         raise FileNotFoundError(f'{path} is missing. Run nbs/run_table.ipynb for this table first.')
     with np.load(path, allow_pickle=False) as kept:
-        names = [name for name in kept.files if name != 'questions']
-        return {name: 100 * kept[name].astype(float) / kept['questions'] for name in names}
+        names = [name for name in kept.files if name.partition('|')[0] != 'questions']
+        asked = lambda name: kept['questions' if 'questions' in kept else f'questions|{name}']
+        return {name: 100 * kept[name].astype(float) / asked(name) for name in names}
 
 # %% ../../nbs/5_bench/00_results.ipynb #97b176a9
 def _average_sets(value, half, shot):
@@ -236,7 +250,9 @@ def pivot_rows(
 ) -> tuple:  # values, half intervals: lines by `by`, columns (data set, '1-shot' or a metric)
     "Two tables with a line for each method, in the order of the rows."
     accuracy = rows['metric'] == 'accuracy'
-    column = (rows['shot'].astype(str) + '-shot').where(accuracy, rows['metric'])
+    ways = rows.get('way', pd.Series(0, rows.index))
+    names = [name_shot(shot, way) for shot, way in zip(rows['shot'], ways)]
+    column = pd.Series(names, rows.index).where(accuracy, rows['metric'])
     long = rows.assign(column=column)
     if 'ci95' not in long:
         long['ci95'] = np.nan

@@ -36,6 +36,11 @@ class SeedRun:
         return names if len(names) > 1 else ['']
 
     @property
+    def varied(self) -> bool:
+        "Whether ways and shots of its tasks vary."
+        return self.rows.loc[self.rows['metric'] == 'accuracy', 'way'].isna().all()
+
+    @property
     def scale(self) -> str:
         "The scale of the rows."
         return self.rows['scale'].iloc[0]

@@ -11,9 +11,9 @@ __all__ = ['TASK_METHODS', 'BOTH', 'FINE_TUNED', 'SWITCHES', 'TUNING_FREE', 'LEV
            'answer_every_class', 'every_class_rows', 'list_own_columns', 'list_shared_columns', 'make_domain_table',
            'make_ablation', 'make_duel', 'make_pruning_table', 'make_sparsity_table', 'make_tuning_table',
            'make_what_table', 'make_zero_shot_table', 'make_merging_table', 'make_together_table', 'make_patch_table',
-           'draw_named', 'chosen_methods', 'table_at', 'choose_columns', 'name_columns', 'read_shots', 'own_scale',
-           'Place', 'table_columns', 'list_cells', 'accuracy_rows', 'make_features', 'make_cell', 'answer_cells',
-           'make_table']
+           'draw_named', 'chosen_methods', 'table_at', 'choose_columns', 'name_columns', 'name_sampler', 'read_shots',
+           'own_scale', 'Place', 'table_columns', 'list_cells', 'accuracy_rows', 'make_features', 'make_cell',
+           'answer_cells', 'count_questions', 'make_table']
 
 # %% ../../nbs/5_bench/04_tables.ipynb #8cc9aede
 import io
@@ -73,7 +73,7 @@ from lora_recycle.bench.methods import (
     read_features,
 )
 from .plots import average_sets, cost_curve, image_rows, training_curves
-from .results import COLUMNS, episode_key, method_columns
+from .results import COLUMNS, episode_key, method_columns, name_shot
 from ..core import Cache, check_choice, check_int, environment, generator
 from ..jobs import Job
 from ..method.backbone import blank_dropped, encode, normalise
@@ -94,7 +94,15 @@ from ..method.lora import average_products, new_lora
 from ..method.market import head_logits
 from ..paper.models import MODELS, load_backbone
 from ..rivals.finetune import TuneConfig, tune_full, tune_lora
-from ..suite.episodes import Episodes, draw_episodes
+from lora_recycle.suite.episodes import (
+    LEAST_WAYS,
+    MOST_QUERIES,
+    MOST_SUPPORTS,
+    MOST_WAYS,
+    SAMPLERS,
+    Episodes,
+    draw_episodes,
+)
 from ..suite.evaluate import embed, interval, nearest_prototype
 from ..suite.images import CROSS_DOMAIN, IN_DOMAIN, ImageSet
 from ..suite.miniature import MINIATURES, PHOTO, SHIPPED
@@ -807,16 +815,19 @@ def chosen_methods(
 ) -> tuple:  # ids
     "The methods of a table: all, none that adapts to each episode alone, or a few."
     chosen = table_at(table, scale)
+    there = chosen.methods
+    if scale.sampler == 'meta':
+        there = tuple(m for m in there if METHODS[m].takes_varied)
     if selection == 'quick' and chosen.quick:
-        return tuple(m for m in chosen.methods if m in chosen.quick)
+        return tuple(m for m in there if m in chosen.quick)
     if selection in ('all', 'quick'):
-        return chosen.methods
+        return there
     if selection == 'tuning-free':
-        return tuple(m for m in chosen.methods if _is_tuning_free(METHODS[m]))
+        return tuple(m for m in there if _is_tuning_free(METHODS[m]))
     names = selection.split('|')
     for name in names:
-        check_choice('methods', name, (*SELECTIONS, *chosen.methods))
-    return tuple(m for m in chosen.methods if m in names)
+        check_choice('methods', name, (*SELECTIONS, *there))
+    return tuple(m for m in there if m in names)
 
 # %% ../../nbs/5_bench/04_tables.ipynb #f00bb7f6
 AT_PAPER_SCALE = dict(
@@ -861,6 +872,9 @@ def table_at(
         (tuple(map(named, sources)), named(target)) for sources, target in chosen.columns
     )
     backbones = (scale.backbone,) if scale.backbone else map(named, chosen.backbones)
+    if chosen.quick:
+        more = tuple(m for m in scale.beside if m not in chosen.methods)
+        chosen = replace(chosen, methods=chosen.methods + more, quick=chosen.quick + scale.beside)
     return replace(
         chosen, columns=scale.columns or columns, backbones=tuple(dict.fromkeys(backbones))
     )
@@ -901,6 +915,20 @@ def name_columns(
     return f'Tried on other image sets than the paper: {"; ".join(parts)}.' if parts else ''
 
 
+def name_sampler(
+    scale: Scale,  # whose tasks are drawn
+) -> str:  # '' if all tasks have the same ways and shots
+    "A sentence for the page of a table whose tasks vary."
+    if scale.sampler == 'equal':
+        return ''
+    return (
+        f"Tasks as Meta-Dataset draws them: {LEAST_WAYS} to {MOST_WAYS} ways, at most "
+        f'{MOST_SUPPORTS} supports, more of some classes than of others, up to {MOST_QUERIES} '
+        f'queries of each. LoRA Recycle is trained at {scale.shots[0]} shots; methods that tune '
+        'each task, and CAML, do not take such tasks.'
+    )
+
+
 def read_shots(
     text: str,  # numbers with | between them, such as '1|5|50'; '': none
 ) -> tuple[int, ...]:
@@ -921,24 +949,38 @@ def _choose_backbone(scale: Scale, columns: tuple, backbone: str) -> str:
     return check_choice('backbone', backbone, MODELS if scale.chain.on_disk else SHIPPED)
 
 
+def _choose_shot(shots: tuple, usual: tuple) -> tuple:
+    "The number of supports of a class in meta-training, where those of the test vary."
+    shots = shots or (max(usual),)
+    if len(shots) > 1:
+        raise ValueError(
+            f"shots={'|'.join(map(str, shots))}: with sampler='meta' the shots of a test vary, "
+            'and LoRA Recycle is trained at one number of them. Give one.'
+        )
+    return shots
+
+# %% ../../nbs/5_bench/04_tables.ipynb #c2906dd0
 def own_scale(
     name: str,  # of `SCALES`
     columns: tuple = (),  # of `choose_columns`
     backbone: str = '',  # '': for photos if there are columns, else those of the table
     shots: tuple = (),  # images a class, 1 to 50; (): the scale's
+    sampler: str = 'equal',  # of `SAMPLERS`; with 'meta' one number of shots: of meta-training
 ) -> Scale:
-    "A scale for one's own sets, backbone and shots; without any of them the scale itself."
+    "A scale for one's own sets, backbone and episodes; without any of them the scale itself."
     scale = SCALES[check_choice('scale', name, SCALES)]
     backbone = _choose_backbone(scale, columns, backbone)
     if backbone == PHOTO and scale.chain.public:
         scale = SCALES[_FOR_PHOTOS[name]]
+    if check_choice('sampler', sampler, SAMPLERS) == 'meta':
+        shots = _choose_shot(shots, scale.shots)
     shots = tuple(check_int('shots', shot, 1, 50) for shot in shots) or scale.shots
     n_sets = max([1, *(len(sources) for sources, _ in columns)])
     n_loras = -(-scale.chain.market.n_loras // n_sets) * n_sets
     chain = replace(scale.chain, market=replace(scale.chain.market, n_loras=n_loras))
     if chain.per_class:
         chain = replace(chain, per_class=max(chain.per_class, max(shots) + scale.n_query))
-    changes = dict(chain=chain, shots=shots, columns=columns or scale.columns)
+    changes = dict(chain=chain, shots=shots, columns=columns or scale.columns, sampler=sampler)
     return replace(scale, **changes, backbone=backbone or scale.backbone)
 
 # %% ../../nbs/5_bench/04_tables.ipynb #a0c0e0be
@@ -992,13 +1034,13 @@ def accuracy_rows(
 ) -> list[dict]:
     "Accuracy in percent with its interval; a second row if some episodes diverged."
     right = answers['right']
-    questions = cell.scale.way * cell.scale.n_query
-    mean, half = interval(100 * right.double() / questions)
+    asked = answers.get('asked', cell.scale.way * cell.scale.n_query)
+    mean, half = interval(100 * right.double() / asked)
     record = cell.chain.store.record('answers', cell.key)
     same = method_columns(cell.method)
     same |= {name: record[name] for name in ('seconds', 'device')}
     same |= dict(backbone=cell.chain.backbone.name, dataset=cell.target, shot=cell.shot)
-    same['n_tasks'] = len(right)
+    same |= dict(way=None if 'asked' in answers else cell.scale.way, n_tasks=len(right))
     rows = [dict(same, metric='accuracy', value=mean, ci95=half)]
     lost = answers['diverged'].item()
     return rows + ([dict(same, metric='diverged', value=lost)] if lost else [])
@@ -1084,8 +1126,21 @@ def answer_cells(
 # %% ../../nbs/5_bench/04_tables.ipynb #a0c0e0c5
 def _say_cell(cell: Cell, row: dict) -> str:
     "A line about a finished cell."
-    where = f'{cell.target} {cell.shot}-shot {cell.method.id}'
+    where = f'{cell.target} {name_shot(cell.shot, row["way"])} {cell.method.id}'
     return f'{where}: {row["value"]:.2f} ± {row["ci95"]:.2f}, n={row["n_tasks"]}'
+
+
+def count_questions(
+    cells: list[Cell],  # of `list_cells`, answered
+):  # a number; where tasks vary, `episode_key` -> int64 [T]
+    "Queries in each task."
+    scale = cells[0].scale
+    if scale.sampler == 'equal':
+        return scale.way * scale.n_query
+    several = len({cell.chain.backbone.name for cell in cells}) > 1
+    name = lambda cell: cell.chain.backbone.name if several else ''
+    key = lambda cell: episode_key(cell.target, cell.shot, cell.method.id, name(cell))
+    return {key(cell): answer_cell(cell)['asked'].numpy() for cell in cells}
 
 
 def _priced_rows(table: Table, columns: list, scale: Scale, batch: int) -> list[dict]:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STAGES', 'PASSES', 'Work', 'n_weights', 'list_work', 'count_operations', 'plan_of', 'count_kept_bytes',
            'bytes_an_image', 'memory_gb', 'free_memory_gb', 'memory_rows', 'disk_row', 'weight_row', 'data_row',
-           'Rehearsal', 'rehearse', 'add_time', 'estimate', 'set_row', 'check_sets', 'list_files', 'preflight',
-           'refuse']
+           'Rehearsal', 'rehearse', 'add_time', 'estimate', 'compare_time', 'set_row', 'check_sets', 'list_files',
+           'preflight', 'refuse']
 
 # %% ../../nbs/6_paper/02_preflight.ipynb #bdd5bff1
 import math
@@ -35,7 +35,7 @@ from lora_recycle.bench.cost import (
 from ..bench.methods import METHODS, SCALES, Method, Scale, fit_recipe, list_needs
 from ..bench.tables import TABLES, Place, table_at
 from ..core import Cache, check_choice, generator
-from ..jobs import Executor
+from ..jobs import Executor, count_workers, run_jobs
 
 # %% ../../nbs/6_paper/02_preflight.ipynb #b76d8dc0
 from ..method.backbone import Backbone, encode
@@ -61,10 +61,13 @@ from lora_recycle.paper.models import (
     stem_flops_g,
 )
 from .texts import read_text_tower
+from ..suite.episodes import LEAST_WAYS
+from ..rivals.merge import TRIMMED, MergeGrid
 from ..suite.evaluate import embed
 from ..suite.folders import FileSet, check_images
+from ..suite.glyphs import glyph_classes
 from ..suite.images import CROSS_DOMAIN, IN_DOMAIN, PAPER_SETS, SPLITS
-from ..suite.images import ImageSet, class_splits
+from ..suite.images import DIGITS, ImageSet, class_splits, deal_classes
 from ..suite.reading import list_few
 
 # %% ../../nbs/6_paper/02_preflight.ipynb #af184022
@@ -135,16 +138,21 @@ def _per_class(name: str, settings: Settings, split: str) -> int:
 
 
 def _count_tests(name: str, settings: Settings) -> int:
-    "Test images of a set; of an embedded one, about as many classes as the smallest has."
-    n_classes = len(class_splits(name)['test']) if name in PAPER_SETS else 5
+    "Test images of a set; of one's own, a guess."
+    n_classes = 20
+    if name in PAPER_SETS:
+        n_classes = len(class_splits(name)['test'])
+    elif name in (*IN_DOMAIN, *CROSS_DOMAIN):
+        every = len(DIGITS if name == 'digits' else glyph_classes(name))
+        n_classes = len(deal_classes(every, name)['test']) if name in IN_DOMAIN else every
     return _per_class(name, settings, 'test') * n_classes
 
 
 def _asked(name: str, case: _Case, shot: int, n: int) -> float:
     "Different test images that `n` episodes are expected to ask for."
+    if case.scale.sampler == 'meta':  # many images of each class, so in the end all of them
+        return _count_tests(name, case.settings)
     asked = n * case.scale.way * (shot + case.scale.n_query)
-    if name not in PAPER_SETS:
-        return asked
     total = _count_tests(name, case.settings)
     return total * (1 - (1 - 1 / total) ** asked)
 
@@ -277,6 +285,36 @@ def _testing(case: _Case, method: Method, column: tuple, shot: int) -> dict:
         forward += case.pool
     return dict(jobs=1, gb=8e-9 * case.scale.n_tasks, forward=forward, looked_at=256)
 
+# %% ../../nbs/6_paper/02_preflight.ipynb #c47f6daf
+def _count_merges(grid: MergeGrid, how: str) -> int:
+    "Candidates of a merge."
+    return len(grid.scales) * (len(grid.densities) if how in TRIMMED else 1)
+
+
+def _choosing(case: _Case, method: Method, sources: tuple, shot: int) -> dict:
+    "`Work` of what a method chooses on validation classes before it answers."
+    scale = case.scale
+    if 'votes' in method.configs:
+        asked = 60 * scale.way * (shot + scale.n_query)
+        return dict(jobs=0, forward=_count_validation(case, sources, asked), looked_at=256)
+    how = method.predict.keywords['how']
+    grid = scale.merge
+    asked = grid.n_tasks * scale.way * (1 + grid.n_query)
+    whole = how in TRIMMED  # has the rank of the backbone
+    ratio = _share(case.shape, rank=case.shape.width) if whole else case.wide
+    n = _count_merges(grid, how) * _count_validation(case, sources, asked)
+    return dict(jobs=0, forward=n * ratio, looked_at=256)
+
+
+def _count_validation(case: _Case, sources: tuple, asked: float) -> float:
+    "Different validation images of all sources that so many draws are expected to ask for."
+    found = 0.0
+    for name in sources:
+        n = len(class_splits(name)['val']) if name in PAPER_SETS else case.scale.way
+        total = n * _per_class(name, case.settings, 'val')
+        found += total * (1 - (1 - 1 / total) ** (asked / len(sources)))
+    return found
+
 # %% ../../nbs/6_paper/02_preflight.ipynb #41fc866b
 class _Ledger:
     "Work by what makes it distinct: what several methods or columns share is there once."
@@ -323,6 +361,9 @@ def _add_cell(ledger: _Ledger, name: str, case: _Case, method: Method, column: t
         n = _count_tests(target, case.settings)
         work = dict(jobs=0, forward=n, looked_at=256, gb=4e-9 * case.shape.out_dim * n)
         ledger.add('testing', name, ('features', target), work)
+    if {'merge', 'votes'} & set(method.configs):
+        key = (sources, method.id.removesuffix('-cut'), 'merge' in method.configs or shot)
+        ledger.add('testing', name, ('chosen', *key), _choosing(case, method, sources, shot))
     work = _testing(case, method, column, shot)
     ledger.add('testing', name, (sources, target, method.id, shot), work)
 
@@ -755,7 +796,7 @@ def add_time(
     pairs = zip(plan['backbone'], plan['stage'], plan['pflop'])
     return plan.assign(hours_here=[n * pace[b][stage] / 3600 for b, stage, n in pairs])
 
-
+# %% ../../nbs/6_paper/02_preflight.ipynb #dc74d20a
 def estimate(
     table: str,  # id
     scale: Scale,  # all sizes
@@ -763,14 +804,64 @@ def estimate(
     place: Place,  # device and machine
     seconds: float = 60.0,  # that the rehearsal of a backbone may take, about
 ) -> pd.DataFrame:  # of `plan_of`, with hours_here
-    "The plan of a table with the hours that it will take here, all work of it."
+    "The plan of a table with the hours that all work of it takes here, by all workers at once."
     machine = place.machine or scale.machine
+    plan = plan_of(table, scale, methods, machine)
+    n = count_workers(machine.executor, torch.device(place.device).type)
     pace = {}
     for name in table_at(table, scale).backbones:
         weights = 'random' if scale.chain.on_disk else None
-        backbone = load_backbone(name, weights, place.device)
-        pace[name] = rehearse(Rehearsal(name, backbone, scale, machine, seconds))
-    return add_time(plan_of(table, scale, methods, machine), pace)
+        to = Rehearsal(name, load_backbone(name, weights), scale, machine, seconds)
+        pace[name] = _rehearse_at_once(to, tuple(plan['stage'].unique()), place.device, n)
+    return add_time(plan, pace)
+
+# %% ../../nbs/6_paper/02_preflight.ipynb #2c5d06d3
+def _rehearse_there(to: Rehearsal, stages: tuple, device: str) -> dict[str, float]:
+    "`rehearse` on a device."
+    return rehearse(replace(to, backbone=to.backbone.to(device)), stages)
+
+
+def _rehearse_at_once(to: Rehearsal, stages: tuple, device: str, n: int) -> dict[str, float]:
+    "The pace of n workers together, each of which slows the others down as in the run."
+    if n == 1:
+        return _rehearse_there(to, stages, device)
+    how = (Executor('processes', n), torch.device(device).type)
+    found = run_jobs(_rehearse_there, [(to, stages)] * n, *how, 'rehearse')
+    return {stage: sum(pace[stage] for pace in found) / n**2 for stage in stages}
+
+# %% ../../nbs/6_paper/02_preflight.ipynb #ee140bef
+_KINDS = dict(market='tuning', inverted='inversion', meta='meta-training', answers='testing')
+
+
+def _sum_stages(log: list) -> dict[str, list]:
+    "Results made and their seconds, by stage; features are part of the answers behind them."
+    found = {stage: [0, 0.0] for stage in STAGES}
+    kinds = [entry[0] for entry in log] + ['']
+    for (kind, _, outcome, seconds), following in zip(log, kinds[1:]):
+        alone = kind == 'features' and following != 'answers'
+        stage = 'testing' if alone else _KINDS.get(kind)
+        if stage and outcome == 'made':
+            found[stage][0] += kind in _KINDS
+            found[stage][1] += seconds
+    return found
+
+
+def compare_time(
+    plan: pd.DataFrame,  # of `estimate`
+    log: list,  # of a `Cache`: kind, entry, outcome, seconds
+    workers: int = 1,  # at once, see `jobs.count_workers`
+) -> pd.DataFrame:  # stage, jobs made, minutes planned and taken, planned / taken; 'all' last
+    "How near a plan came to what the stages took that were made."
+    rows = []
+    for stage, (made, seconds) in _sum_stages(log).items():
+        part = plan[plan['stage'] == stage]
+        if made:
+            share = made / part['jobs'].sum()
+            planned = 60 * part['hours_here'].sum() * share
+            rows.append(dict(stage=stage, made=made, planned=planned, taken=seconds / 60 / workers))
+    found = pd.DataFrame(rows, columns=['stage', 'made', 'planned', 'taken'])
+    found.loc[len(found)] = dict(stage='all', **found.drop(columns='stage').sum())
+    return found.assign(ratio=found['planned'] / found['taken'])
 
 # %% ../../nbs/6_paper/02_preflight.ipynb #e982323f
 def _find_set_fault(data, name: str, split: str, n_classes: int, least: int) -> str:
@@ -818,6 +909,13 @@ def _held_least(config) -> int:
     return next(n for n in range(2, 10**6) if 0 < round(n * config.train_share) < n)
 
 
+def _test_sizes(table: str, scale: Scale) -> tuple[int, int]:
+    "Classes that an episode needs at least, and images of each of them."
+    if scale.sampler == 'meta':
+        return LEAST_WAYS, 2
+    return scale.way, max(table_at(table, scale).shots or scale.shots) + scale.n_query
+
+
 def check_sets(
     table: str,  # id
     scale: Scale,  # all sizes
@@ -826,11 +924,10 @@ def check_sets(
     "One row for each set of files and split of it that a table reads."
     chosen = table_at(table, scale)
     market = scale.chain.market
-    least = max(chosen.shots or scale.shots) + scale.n_query
     uses = {}
     for sources, target in chosen.columns:
         uses |= {(name, 'train'): (market.way, _held_least(market)) for name in sources}
-        uses[target, 'test'] = (scale.way, least)
+        uses[target, 'test'] = _test_sizes(table, scale)
     embedded = (*IN_DOMAIN, *CROSS_DOMAIN)
     rows = [
         set_row(name, place.files.data, split, *sizes)
@@ -856,7 +953,7 @@ def _file_rows(table: str, scale: Scale, methods: tuple, place: Place, exact: bo
     "Rows of all checkpoints and data sets."
     weights, sets = list_files(table, scale, methods)
     text = any('text' in METHODS[m].needs for m in methods)
-    least = max(table_at(table, scale).shots or scale.shots) + scale.n_query
+    least = _test_sizes(table, scale)[1]
     files = place.files
     rows = [weight_row(name, files.weights, text and name in MODELS) for name in weights]
     published = [name for name in sets if name in PAPER_SETS]
