@@ -61,8 +61,10 @@ from lora_recycle.paper.models import (
     stem_flops_g,
 )
 from .texts import read_text_tower
-from ..suite.episodes import LEAST_WAYS
+
+# %% ../../nbs/6_paper/02_preflight.ipynb #932fd19d
 from ..rivals.merge import TRIMMED, MergeGrid
+from ..suite.episodes import LEAST_WAYS
 from ..suite.evaluate import embed
 from ..suite.folders import FileSet, check_images
 from ..suite.glyphs import glyph_classes
