@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from lora_recycle.bench.cost import flops_true_g, inversion_step, meta_step, shape_of
 from lora_recycle.core import generator, save_tensors, write_json
 from lora_recycle.method.backbone import encode, encode_tokens, most_attended
-from lora_recycle.method.lora import TARGETS, new_lora
-from lora_recycle.use.exchange import hf_state
+from lora_recycle.method.lora import TARGETS, new_lora, widen_targets
+from lora_recycle.use.exchange import class_for, hf_state, read_adapter, read_adapter_for
+from lora_recycle.use.exchange import write_adapter
 from lora_recycle.paper import models
 from lora_recycle.paper.models import (
     LAYOUTS,
@@ -515,3 +516,18 @@ def test_pixels_are_looked_at_wherever_a_folder_tells_of_them(name, file, say, s
     write_json(tmp_path / file, say)
     with pytest.raises(ValueError, match=said):
         load_backbone(name, tmp_path)
+
+
+@pytest.mark.parametrize('name', CLASSES)
+def test_what_is_saved_for_a_backbone_is_for_its_class_and_comes_back(name, tmp_path):
+    backbone = load_backbone(name, 'random')
+    assert class_for(backbone) == f'{CLASSES[name][0]}Model'
+    lora = new_lora(LAYERS, backbone.widths, 4, generator(0), targets=TARGETS)
+    lora = replace(lora, B=torch.randn(lora.B.shape, generator=generator(1)))
+    lora = widen_targets(lora, TARGETS, 4 * WIDTH)
+    write_adapter(tmp_path, lora, name, model=(class_for(backbone), WIDTH))
+    found = read_adapter_for(backbone, tmp_path).lora
+    x = images_for(name)
+    assert torch.allclose(encode(backbone, x, found).features, encode(backbone, x, lora).features)
+    with pytest.raises(ValueError, match=f'tuned on .{CLASSES[name][0]}Model'):
+        read_adapter(tmp_path, LAYERS, WIDTH)

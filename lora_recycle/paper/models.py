@@ -1113,8 +1113,8 @@ def _check_origin(name: str, path: Path, archive: bool) -> None:
     )
 
 
-def _from_file(name: str, path: Path, side: int) -> Backbone:
-    "The backbone `name` for images of `side` pixels from the checkpoint `path`."
+def _from_file(name: str, path: Path, side: int, sure: bool = True) -> Backbone:
+    "The backbone `name` for `side` pixels from a checkpoint; `sure`: its activation is known."
     found = read_checkpoint(path)
     try:
         backbone = backbone_from_weights(name, found.tensors, side)
@@ -1126,6 +1126,9 @@ def _from_file(name: str, path: Path, side: int) -> Backbone:
             f'{backbone.act}. It is another model.'
         )
     _check_origin(name, path, found.archive)
+    sure = sure or found.act is not None or path.name == MODELS[name].url.split('/')[-1]
+    if backbone.act == 'quick_gelu' and not sure:
+        _warn_of_gelu(path, name, half_precise(backbone))
     return backbone
 
 # %% ../../nbs/6_paper/01_models.ipynb #0f4dfdf0
@@ -1163,7 +1166,7 @@ def _list_config_faults(model: Model, layout: Layout, config: dict) -> list[str]
 def _list_pixel_faults(model: Model, folder: Path) -> list[str]:
     "What the files in `folder` say otherwise about pixels than `model`."
     wanted = (model.mean, model.std)
-    found = read_pixel_rule(folder, silent=wanted)
+    found = read_pixel_rule(folder, Limits(links=True), wanted)
     same = lambda a, b: all(abs(x - y) < 1e-4 for x, y in zip(a, b))
     return [
         f'{k} is {[round(x, 6) for x in a]}, not {list(b)}'
@@ -1172,11 +1175,15 @@ def _list_pixel_faults(model: Model, folder: Path) -> list[str]:
     ]
 
 # %% ../../nbs/6_paper/01_models.ipynb #8fe8f39e
+_OWN_FOLDER = Limits(links=True)  # the user made it: links are followed, as for weights
+
+
 def _from_folder(name: str, folder: Path, side: int) -> Backbone:
     "The backbone `name` from a folder of transformers: config.json and model.safetensors."
     model = MODELS[name]
     layout = next(layout for layout in LAYOUTS[model.layout] if layout.config)
-    faults = _list_config_faults(model, layout, read_json(folder / 'config.json'))
+    config = read_json(folder / 'config.json', _OWN_FOLDER)
+    faults = _list_config_faults(model, layout, config)
     faults += _list_pixel_faults(model, folder)
     if faults:
         raise ValueError(f'{folder} is not {name} as published: ' + '; '.join(faults) + '.')
@@ -1187,18 +1194,19 @@ def _from_folder(name: str, folder: Path, side: int) -> Backbone:
     return _from_file(name, folder / 'model.safetensors', side)
 
 # %% ../../nbs/6_paper/01_models.ipynb #9cae1b5d
-def _warn_of_gelu(path: Path, name: str) -> None:
-    "A warning that weights for QuickGELU are probably not OpenAI's."
+def _warn_of_gelu(path: Path, name: str, half: bool) -> None:
+    "A warning that a bare file does not tell of its activation; `half`: of 16-bit numbers."
+    sign = '' if half else "The matrices are not 16-bit numbers as all of OpenAI's are. "
     warnings.warn(
-        f"{path}: the matrices are not 16-bit numbers as all of OpenAI's are. If these are other "
-        f'weights, they were likely trained with GELU, and {name} is QuickGELU: features would be '
-        'wrong',
-        stacklevel=4,
+        f"{path} does not tell with which activation it was trained. {sign}OpenAI's weights, which "
+        f"{name} means, need QuickGELU; others of these shapes (LAION's) GELU, and with them "
+        'features would be wrong',
+        stacklevel=5,
     )
 
 
-def _from_path(name: str, weights, side: int) -> Backbone:
-    "The backbone `name` from a file or a folder of transformers, checked."
+def _from_path(name: str, weights, side: int, sure: bool) -> Backbone:
+    "The backbone `name` from a file or folder, checked; `sure`: it is where it was published."
     model = MODELS[name]
     path = Path(weights).expanduser()
     if not path.exists():
@@ -1207,14 +1215,12 @@ def _from_path(name: str, weights, side: int) -> Backbone:
         raise ValueError(
             f'weights={str(weights)!r} is a folder; {name} takes a file. {_no_weights(name)}'
         )
-    if path.is_dir() and model.layout == 'clip':
-        backbone = check_backbone(backbone_from_hf(path, name), name)
-        backbone = _take_side(backbone, side or model.shape.side, _CLIP_FOLDER)
-    else:
-        backbone = (_from_folder if path.is_dir() else _from_file)(name, path, side)
-    if model.act == 'quick_gelu' and not half_precise(backbone):
-        _warn_of_gelu(path, name)
-    return backbone
+    if not path.is_dir():
+        return _from_file(name, path, side, sure)
+    if model.layout != 'clip':
+        return _from_folder(name, path, side)
+    backbone = check_backbone(backbone_from_hf(path, name), name)
+    return _take_side(backbone, side or model.shape.side, _CLIP_FOLDER)
 
 # %% ../../nbs/6_paper/01_models.ipynb #48f0ee86
 def _shipped(name: str, side: int) -> Backbone:
@@ -1243,8 +1249,9 @@ def load_backbone(
     if weights == 'random':
         drawn = backbone_from_weights(name, random_weights(name, seed), side)
         return replace(drawn, name=f'{name} (random weights)').to(device)
-    weights = _fetched(name) if weights == 'download' else Path(weights).expanduser()
-    return replace(_from_path(name, weights, side), origin=str(weights)).to(device)
+    sure = weights == 'download'
+    path = _fetched(name) if sure else Path(weights).expanduser()
+    return replace(_from_path(name, path, side, sure), origin=str(path)).to(device)
 
 # %% ../../nbs/6_paper/01_models.ipynb #6723497b
 def image_side(

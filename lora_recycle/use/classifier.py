@@ -34,7 +34,7 @@ from ..rivals.features import TOGETHER
 from ..suite.evaluate import embed
 from .calibration import fit_temperature, fit_threshold, leave_one_out
 from .calibration import measure_spread, squared_distances
-from .exchange import Limits, parse_json, read_adapter, read_json
+from .exchange import Limits, class_for, parse_json, read_adapter_for, read_json
 from .exchange import read_tensors, tensor_header, write_adapter
 from .inputs import check_kinds, class_array, gather_images, gather_labels
 from .inputs import number_images, order_classes
@@ -793,10 +793,10 @@ def _report(chain: Chain, held: Chain, teacher_accuracy: Tensor, notes: list[str
     "What a meta-LoRA was made from."
     market = chain.source.market.lora
     size = dict(loras=market.size, rank=market.rank, classes=market.W.shape[2])
-    width = chain.backbone.width
+    known = dict(width=chain.backbone.width, model=class_for(chain.backbone))
     return dict(
         market=dict(digest=digest(pack_lora(market)), **size),
-        backbone=dict(name=chain.backbone.name, digest=chain.backbone.digest, width=width),
+        backbone=dict(name=chain.backbone.name, digest=chain.backbone.digest, **known),
         seed=chain.seed,
         shot=chain.settings.distill.shot,
         invert=plain(chain.settings.invert),
@@ -936,8 +936,8 @@ def save_meta_lora(
 
     def fill(path):
         "The files, meta.json last."
-        model = 'CLIPVisionModelWithProjection'
-        write_adapter(path, recycled.lora, base, made, model=(model, report['backbone']['width']))
+        model = tuple(report['backbone'][k] for k in ('model', 'width'))
+        write_adapter(path, recycled.lora, base, made, model=model)
         card = (path / 'README.md').read_text(encoding='utf-8').rstrip()
         write_text(path / 'README.md', card + '\n' + _USE)
         write_json(path / _META, meta | dict(files={f: _record(path / f) for f in _CHECKED}))
@@ -967,5 +967,4 @@ def load_meta_lora(
                 f'{folder / f} is damaged or was changed: its digest is not that of {_META}. '
                 'Fetch it again.'
             )
-    sizes = backbone.layers, backbone.width, backbone.out_dim
-    return read_adapter(folder, *sizes, limits=limits).lora, meta
+    return read_adapter_for(backbone, folder, limits).lora, meta

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WRITTEN', 'Limits', 'parse_json', 'read_json', 'tensor_header', 'read_tensors', 'pattern_fits', 'module_scaling',
-           'check_adapter_config', 'Adapter', 'read_adapter', 'read_clip_lora', 'model_card', 'write_adapter',
-           'hf_names', 'hf_state', 'backbone_from_state', 'read_pixel_rule', 'backbone_from_hf', 'inside',
-           'write_market', 'Entry', 'read_market']
+           'check_adapter_config', 'Adapter', 'read_adapter', 'read_adapter_for', 'read_clip_lora', 'class_for',
+           'model_card', 'write_adapter', 'hf_names', 'hf_state', 'backbone_from_state', 'read_pixel_rule',
+           'backbone_from_hf', 'inside', 'write_market', 'Entry', 'read_market']
 
 # %% ../../nbs/2_use/00_exchange.ipynb #f68f443f
 import hashlib
@@ -928,6 +928,24 @@ def read_adapter(
         warnings.warn(f'{folder}: {note}', stacklevel=2)
     return adapter
 
+# %% ../../nbs/2_use/00_exchange.ipynb #8aa92ae0
+def _tower_of(backbone: Backbone) -> _Tower:
+    "What an adapter of `backbone` must fit."
+    width, hidden = backbone.widths
+    return _Tower(backbone.layers, width, backbone.out_dim, hidden, _family(backbone))
+
+
+def read_adapter_for(
+    backbone: Backbone,  # that it was tuned on
+    folder,  # with adapter_config.json and adapter_model.safetensors
+    limits: Limits = Limits(),  # the most that it may hold
+) -> Adapter:
+    "As `read_adapter`, with all that must fit taken from a backbone; ValueError."
+    adapter = _read_folder(Path(folder), _tower_of(backbone), False, limits)
+    for note in adapter.notes:
+        warnings.warn(f'{folder}: {note}', stacklevel=2)
+    return adapter
+
 # %% ../../nbs/2_use/00_exchange.ipynb #4aa84437
 _POSITIONS = dict(top1=(11,), top2=(10, 11), top3=(9, 10, 11), top=(11,), all=tuple(range(12)))
 _POSITIONS |= dict(bottom=tuple(range(4)), mid=tuple(range(4, 8)), up=tuple(range(8, 12)))
@@ -1092,6 +1110,18 @@ def _loading(model: str, base: str) -> tuple[str, str]:
         return f'import timm\ntower = timm.create_model({base}, num_classes=0)', how.features
     line = f'from transformers import {model}\ntower = {model}.from_pretrained({base})'
     return line, how.features
+
+# %% ../../nbs/2_use/00_exchange.ipynb #326d9b2f
+def class_for(
+    backbone: Backbone,  # any
+) -> str:  # of `WRITTEN`
+    "The class of transformers that has the image tower of a backbone."
+    classes = dict(SigLIP='SiglipVisionModel', DINOv2='Dinov2Model', DINOv3='DINOv3ViTModel')
+    if 'ln_pre.weight' in backbone.weights:
+        return 'CLIPVisionModelWithProjection'
+    if _family(backbone) == 'DINOv2' and 'registers' in backbone.weights:
+        return 'Dinov2WithRegistersModel'
+    return classes.get(_family(backbone), 'ViTModel')
 
 # %% ../../nbs/2_use/00_exchange.ipynb #f939d68e
 def _text(name: str, value: str) -> str:
@@ -1700,24 +1730,31 @@ def _read_own(source: _Source, name: str, record, targets: tuple) -> tuple[LoRA,
 _PATCH = re.compile(r'(?:patch[-_]?|vit[-_]?[a-z]{1,5}[-_/])([0-9]{1,2})(?![0-9])', re.IGNORECASE)
 
 
+_GELU = re.compile('laion|datacomp|commonpool', re.IGNORECASE)  # CLIPs of OpenAI's shapes
+
+
 def _base_note(base: str | None, backbone: Backbone) -> tuple[str, ...]:
-    "A warning if the base model that an adapter names has other patches than `backbone`."
+    "A warning if the base model that an adapter names cannot be `backbone`."
+    notes = []
     patch = _PATCH.search(base or '')
-    if not patch or int(patch[1]) == backbone.patch:
-        return ()
-    return (
-        f'it names {_short(base, 120)}, whose patches have {patch[1]} pixels; those of '
-        f'{backbone.name} have {backbone.patch}',
-    )
+    if patch and int(patch[1]) != backbone.patch:
+        notes.append(
+            f'it names {_short(base, 120)}, whose patches have {patch[1]} pixels; those of '
+            f'{backbone.name} have {backbone.patch}'
+        )
+    if backbone.act == 'quick_gelu' and _GELU.search(base or ''):
+        notes.append(
+            f'it names {_short(base, 120)}, which has GELU; {backbone.name} has QuickGELU: it is '
+            'another model of the same shapes'
+        )
+    return tuple(notes)
 
 
 def _read_peft(source: _Source, name: str) -> tuple[LoRA, Entry]:
     "The one LoRA [1,...] of the PEFT adapter in sub-folder `name`."
     backbone = source.backbone
-    width, hidden = backbone.widths
-    tower = _Tower(backbone.layers, width, backbone.out_dim, hidden, _family(backbone))
     folder = inside(source.folder, name, source.limits)
-    a = _read_folder(folder, tower, source.allow_partial, source.limits)
+    a = _read_folder(folder, _tower_of(backbone), source.allow_partial, source.limits)
     notes = a.notes + _base_note(a.base_model, backbone)
     lora = stack_loras([a.lora])
     entry = Entry(name, True, '', 1, lora.rank, lora.targets, a.ignored, a.base_model, notes)
