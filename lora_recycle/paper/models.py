@@ -1112,7 +1112,7 @@ def _check_origin(name: str, path: Path, archive: bool) -> None:
         stacklevel=4,
     )
 
-
+# %% ../../nbs/6_paper/01_models.ipynb #817f2a7f
 def _from_file(name: str, path: Path, side: int, sure: bool = True) -> Backbone:
     "The backbone `name` for `side` pixels from a checkpoint; `sure`: its activation is known."
     found = read_checkpoint(path)
@@ -1204,7 +1204,7 @@ def _warn_of_gelu(path: Path, name: str, half: bool) -> None:
         stacklevel=5,
     )
 
-
+# %% ../../nbs/6_paper/01_models.ipynb #9fd240d1
 def _from_path(name: str, weights, side: int, sure: bool) -> Backbone:
     "The backbone `name` from a file or folder, checked; `sure`: it is where it was published."
     model = MODELS[name]
