@@ -242,7 +242,9 @@ def test_the_page_and_the_picture_show_every_line(tmp_path):
     assert sum(lines.count(f'**{v.value}**') for v in Verdict) == len(judged) == n
     marks = '| In domain, recycling beats NN | Table 2 | 1-shot ✓ 5-shot ✓ | 1-shot ✗ 5-shot ✗ |'
     assert marks in page and '`smoke`' in page
-    assert 'photos' not in page
+    assert 'photos' not in page and '†' not in page
+    rows = judged['table'].eq('in_domain')
+    assert write_claims(judged, stale=('in_domain',)).count('** †') == rows.sum()
     photos = judged.assign(verdict=judged['verdict'].replace({'fails': 'holds'}))
     page = write_claims(judged, photos)
     assert marks[:-1] + '| 1-shot ✓ 5-shot ✓ | 1-shot ✓ 5-shot ✓ |' in page
@@ -319,7 +321,8 @@ def test_the_whole_set_by_one_command(whole):
     assert 'alpha 0 kept' in said and 'interpolation 0 made' in said
     assert (runs / 'alpha' / 'rows.csv').stat().st_mtime_ns == before
     index = (runs / 'README.md').read_text(encoding='utf-8')
-    assert 'without' in index.split('## Table 14')[1].split('\n## ')[0]
+    fourteen = next(line for line in index.splitlines() if line.startswith('| Table 14'))
+    assert 'incomplete' in fourteen and '`alpha`: without' in index.split('## Incomplete')[1]
     assert find_picture(next(p for p in EXHIBITS if p.folder == 'alpha'), runs)
     assert (runs / 'claims' / 'claims.csv').is_file()
 

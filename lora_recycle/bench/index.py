@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'VERDICT_COLOURS', 'SECTIONS', 'SCALE_WORDS', 'count_verdicts', 'glance_claims', 'draw_claims',
-           'find_sections', 'compare_photos', 'write_claims', 'find_picture', 'map_places', 'list_stale', 'list_others',
+           'find_sections', 'compare_photos', 'write_claims', 'find_picture', 'list_stale', 'map_places', 'list_others',
            'write_index']
 
 # %% ../../nbs/5_bench/10_index.ipynb #bbb1d407
@@ -202,14 +202,15 @@ def _write_figures(r) -> list[str]:
     ]
 
 # %% ../../nbs/5_bench/10_index.ipynb #300cf895
-def _write_lines(part: pd.DataFrame) -> str:
-    "All that is known of each line of `part`, as a table."
+def _write_lines(part: pd.DataFrame, stale: tuple = ()) -> str:
+    "All that is known of each line of `part`, as a table; a dagger for tables in `stale`."
     head = ['claim', 'where', 'shot', 'verdict', 'pair that decides', 'note']
     head += ['paper', 'ours', 'difference', 'threshold', 'seeds']
     known = lambda v: '' if pd.isna(v) else v
     lines = []
     for r in part.itertuples():
-        words = [r.claim, r.where, known(r.shot), f'**{r.verdict}**', known(r.pair), r.note]
+        verdict = f'**{r.verdict}**' + ' †' * (r.table in stale)
+        words = [r.claim, r.where, known(r.shot), verdict, known(r.pair), r.note]
         lines.append([*words, *_write_figures(r), known(r.n_seeds)])
     return write_markdown(head, lines, 6)
 
@@ -232,10 +233,17 @@ def compare_photos(
         f'{sum(opposed)} the opposite one.\n\n'
     )
 
+# %% ../../nbs/5_bench/10_index.ipynb #0484b8d0
+def _count_stale(judged: pd.DataFrame, stale: tuple) -> str:
+    "How many lines rest on tables in `stale`, in words; empty if none."
+    n = int((judged['table'].isin(stale) & judged['difference'].notna()).sum())
+    return f'**{n} lines rest on stale tables** (marked †; which and why: results).\n\n' * bool(n)
+
 # %% ../../nbs/5_bench/10_index.ipynb #4a8b69f2
 def write_claims(
     judged: pd.DataFrame,  # see `claims.judge`
     photos: pd.DataFrame | None = None,  # the same claims on photos; None: there are none
+    stale: tuple = (),  # tables whose rows wait to be made again
 ) -> str:  # markdown
     "The page of all claims: counted, the picture, at a glance, then line by line."
     scales = [s for s in dict.fromkeys(judged['scale']) if s]
@@ -247,6 +255,7 @@ def write_claims(
         f'{count_verdicts(own)}.\n\n![all claims](claims.png)\n\n'
         f'{words[0].upper()}{words[1:]}. A verdict is about its scale. Nothing here was typed: '
         f'`nbs/claims.ipynb` makes it from the rows.\n\n{compare_photos(judged, photos)}'
+        f'{_count_stale(judged, stale)}'
         f'{glance_claims(judged, photos)}\nBelow, the *difference* is that of the pair that '
         'decides, task by task, averaged over sets and seeds, with its 95 % interval over '
         'seeds and episodes; a claim holds if all its pairs lie above the threshold, '
@@ -256,7 +265,7 @@ def write_claims(
     sections = find_sections(judged)
     for key, title in SECTIONS.items():
         if (sections == key).any():
-            text += f'\n## {title}\n\n{_write_lines(judged[sections == key])}'
+            text += f'\n## {title}\n\n{_write_lines(judged[sections == key], stale)}'
     return text
 
 # %% ../../nbs/5_bench/10_index.ipynb #0608a69c
@@ -276,46 +285,7 @@ def _link(path: Path, page, text: str) -> str:
     "A link to `path` as seen from the folder `page`."
     return f'[{text}]({Path(os.path.relpath(path, page)).as_posix()})'
 
-# %% ../../nbs/5_bench/10_index.ipynb #71855546
-def map_places(
-    page,  # folder from which the links lead
-    results_dir,  # such as results
-) -> str:  # markdown
-    "A table from each table and figure of the paper to ours."
-    lines = []
-    for place in EXHIBITS:
-        here = []
-        table = Path(results_dir) / place.folder / 'table.md'
-        if place.folder and not place.paper.startswith('Figure') and table.is_file():
-            here.append(_link(table, page, f'`{place.folder}`'))
-        notebook = Path(results_dir) / place.notebook
-        if place.notebook and notebook.is_file():
-            here.append(_link(notebook, page, notebook.stem))
-        picture = find_picture(place, results_dir)
-        if picture:
-            here.append(_link(picture, page, 'picture'))
-        missing = f'not run yet (`{place.folder or place.notebook}`)'
-        lines.append([place.paper, place.what, ', '.join(here) or missing])
-    return write_markdown(['paper', 'what it shows', 'here'], lines, 3)
-
 # %% ../../nbs/5_bench/10_index.ipynb #dd39e8aa
-def _describe_run(folder: Path) -> str:
-    "The command of the run in `folder`, when and with what it was made; from its run.json."
-    record = read_record(folder)
-    env = record.get('environment', {})
-    if not env:
-        return ''
-    changes = ' with changes' if env.get('dirty') else ''
-    versions = env.get('versions', {})
-    names = [f'{n} {versions[n]}' for n in ('torch', 'numpy', 'pandas') if versions.get(n)]
-    return (
-        f'`{record["command"]}`\n\n{env.get("created", "")[:10]}, commit '
-        f'{(env.get("commit") or "none")[:7]}{changes}, {env.get("device_name")} '
-        f'({env.get("device")}, {env.get("threads")} of {env.get("cores")} cores), '
-        f'Python {env.get("python")}, {", ".join(names)}.'
-    )
-
-
 def list_stale(
     results_dir,  # such as results
 ) -> dict:  # folder below it -> why
@@ -327,40 +297,55 @@ def list_stale(
             found[path.parent.relative_to(results_dir).as_posix()] = reason
     return found
 
-# %% ../../nbs/5_bench/10_index.ipynb #78506cb1
-def _write_state(place: Exhibit, results_dir, seeds: int) -> str:
-    "How a table was run, its seeds, and what is missing."
-    folder = Path(results_dir) / place.folder
-    if not (folder / 'rows.csv').is_file():
-        given = dict(table=place.folder, methods='all', out_dir='results')
-        command = write_command('run_table', f'results/{place.folder}', given)
-        return f'**Missing:** not run yet. `{command}`\n'
-    scale = read_rows(folder)['scale'].iloc[0]
-    there = [run.seed for run in read_runs(results_dir, place.folder)]
-    wanted = '.' if len(there) >= seeds else f' ({seeds} are wanted).'
-    text = f'{_describe_run(folder)} Scale `{scale}`. Seeds: {", ".join(map(str, there))}{wanted}\n'
-    lost = missing_parts(folder, place.folder, scale)
-    return text + (f'\n**Missing:** {"; ".join(lost)}.\n' if lost else '')
 
-# %% ../../nbs/5_bench/10_index.ipynb #22f5492a
-def _write_place(place: Exhibit, page, results_dir, judged, seeds: int) -> str:
-    "The part of the index on one place."
+def _list_missing(place: Exhibit, results_dir) -> list[str]:
+    "What a run lacks, stale marks apart."
     folder = Path(results_dir) / place.folder
+    if place.folder not in TABLES or not (folder / 'rows.csv').is_file():
+        return []
+    lost = missing_parts(folder, place.folder, read_rows(folder)['scale'].iloc[0])
+    return [words for words in lost if not words.startswith('stale')]
+
+
+def _tell_run(place: Exhibit, results_dir) -> list[str]:
+    "Seeds, day, commit and state of a run; blank where another run made the picture."
+    record = read_record(Path(results_dir) / place.folder) if place.folder else {}
+    env = record.get('environment')
+    if not env or place.paper.startswith('Figure'):
+        return [''] * 4
+    runs = read_runs(results_dir, place.folder) if place.folder in TABLES else []
+    seeds = ', '.join(str(run.seed) for run in runs)
+    state = 'incomplete' * bool(_list_missing(place, results_dir))
+    state = 'stale' if record.get('stale') else state
+    return [seeds, env.get('created', '')[:10], (env.get('commit') or 'none')[:7], state]
+
+# %% ../../nbs/5_bench/10_index.ipynb #71855546
+def _link_exhibit(place: Exhibit, page, results_dir) -> str:
+    "Links to the page, the notebook and the picture of a place, or that it was not run."
+    links = []
+    table = Path(results_dir) / place.folder / 'table.md'
+    if place.folder and not place.paper.startswith('Figure') and table.is_file():
+        links.append(_link(table, page, f'`{place.folder}`'))
+    notebook = Path(results_dir) / place.notebook
+    if place.notebook and notebook.is_file():
+        links.append(_link(notebook, page, notebook.stem))
     picture = find_picture(place, results_dir)
-    text = f'\n## {place.paper}\n\n{place.what[0].upper()}{place.what[1:]}.\n\n'
-    if place.notebook:
-        return text + f'See `{place.notebook}`.\n'
     if picture:
-        link = Path(os.path.relpath(picture, page)).as_posix()
-        text += f'<img src="{link}" alt="{place.what}" width="560">\n\n'
-    if place.folder not in TABLES:
-        return text + (_describe_run(folder) or f'**Missing:** `{place.folder}`.') + '\n'
-    if place.paper.startswith('Figure'):
-        return text + f'From `{place.folder}`.\n'
-    lines = judged[judged['table'] == place.folder] if judged is not None else ()
-    if len(lines):
-        text += f'Claims about it, lines: {count_verdicts(lines)}.\n\n'
-    return text + _write_state(place, results_dir, seeds)
+        links.append(_link(picture, page, 'picture'))
+    return ', '.join(links) or f'not run yet (`{place.folder or place.notebook}`)'
+
+
+def map_places(
+    page,  # folder from which the links lead
+    results_dir,  # such as results
+) -> str:  # markdown
+    "A table from each table and figure of the paper to ours, with the state of its run."
+    head = ['paper', 'what it shows', 'here', 'seeds', 'made', 'commit', 'state']
+    lines = [
+        [p.paper, p.what, _link_exhibit(p, page, results_dir), *_tell_run(p, results_dir)]
+        for p in EXHIBITS
+    ]
+    return write_markdown(head, lines, 7)
 
 # %% ../../nbs/5_bench/10_index.ipynb #7747941c
 def list_others(
@@ -375,22 +360,34 @@ def list_others(
         if folder.removesuffix(f'/{path.parent.name}' if '/seed' in folder else '') in own:
             continue
         title = path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')
+        title += ' (stale)' * bool(read_record(path.parent).get('stale'))
         lines.append(f'- {_link(path, page, f"`{folder}`")}: {title}\n')
     return '\n## Beside the paper\n\n' + ''.join(lines) if lines else ''
+
+# %% ../../nbs/5_bench/10_index.ipynb #680c9190
+def _list_faults(results_dir) -> str:
+    "What is stale and what is incomplete, and why; empty if nothing is."
+    stale = list_stale(results_dir)
+    text = '\n## Stale\n\nKept until they are made again:\n\n' if stale else ''
+    for reason in dict.fromkeys(stale.values()):
+        names = ', '.join(f'`{name}`' for name in stale if stale[name] == reason)
+        text += f'- {names}: {reason}.\n'
+    lost = {p.folder: '; '.join(_list_missing(p, results_dir)) for p in EXHIBITS}
+    lines = [f'- `{name}`: {words}.\n' for name, words in lost.items() if words]
+    return text + ('\n## Incomplete\n\n' + ''.join(lines) if lines else '')
 
 # %% ../../nbs/5_bench/10_index.ipynb #cc4ef2fd
 def write_index(
     results_dir,  # such as results
     judged: pd.DataFrame = None,  # see `claims.judge`; None: the claims are left out
     page=None,  # folder from which the links lead; None: `results_dir`
-    seeds: int = 3,  # how many a table should have
 ) -> str:  # markdown
     "The index of the results."
-    results_dir = Path(results_dir)
     page = Path(page or results_dir)
     text = (
-        '# Results\n\nGenerated by `nbs/claims.ipynb`; do not edit. A table is made again by the '
-        'command below it, all of them by `nbs/run_all.ipynb`, which skips what is complete.\n'
+        '# Results\n\nGenerated by `nbs/claims.ipynb`; do not edit. `run.json` in each folder says '
+        'by which command, on what machine, and in what time it was made; `nbs/run_all.ipynb` '
+        'makes all of them and skips what is complete.\n'
     )
     if judged is not None:
         text += (
@@ -398,13 +395,5 @@ def write_index(
             f'{count_verdicts(judged)}.** [Line by line](claims/table.md)\n\n'
             '<img src="claims/claims.png" alt="all claims" width="720">\n'
         )
-    stale = list_stale(results_dir)
-    if stale:
-        text += '\n## Stale\n\nKept until they are made again:\n\n'
-        for reason in dict.fromkeys(stale.values()):
-            names = ', '.join(f'`{name}`' for name in stale if stale[name] == reason)
-            text += f'- {names}: {reason}.\n'
     text += '\n## Where everything is\n\n' + map_places(page, results_dir)
-    text += list_others(page, results_dir)
-    places = [_write_place(place, page, results_dir, judged, seeds) for place in EXHIBITS]
-    return text + ''.join(places)
+    return text + list_others(page, results_dir) + _list_faults(results_dir)

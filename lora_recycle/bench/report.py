@@ -193,7 +193,7 @@ def _say_changes(gains: pd.DataFrame, titles: dict) -> str:
     ]
     if len(gains) == 1:
         return f'The change measured against it: {words[0]}.'
-    return f'Of {len(gains)} changes, the least good is {words[0]}, the best {words[1]}.'
+    return f'Of {len(gains)} changes to it, the worst is {words[0]}, the best {words[1]}.'
 
 # %% ../../nbs/5_bench/09_report.ipynb #1b5d65d3
 def write_answer(
@@ -285,7 +285,9 @@ def write_values(
         },
         index=rivals + bounds,
     )
-    _mark_best(text, value[order], rivals)
+    tasks = rows['n_tasks'] if 'n_tasks' in rows else pd.Series(0, rows.index)
+    short = set(rows.loc[tasks < tasks.max(), by])  # what solved fewer tasks has no rank
+    _mark_best(text, value[order], [m for m in rivals if m not in short])
     text.loc[bounds] = text.loc[bounds].map(lambda t: t and f'*{t}*')
     titles |= {m: f'{titles[m]} †' for m in text.index if _sees_all_queries(m)}
     names = {m: f'*{titles[m]}*' if m in bounds else titles[m] for m in text.index}
@@ -358,7 +360,7 @@ def _write_paper(table: str) -> str:
 # %% ../../nbs/5_bench/09_report.ipynb #586a38ec
 def _write_facts(rows: pd.DataFrame) -> str:
     "What all cells have in common."
-    several = lambda name: ', '.join(map(str, dict.fromkeys(rows[name].dropna())))
+    several = lambda name: ' or '.join(map(str, dict.fromkeys(rows[name].dropna())))
     ways = f'{several("way")}-way' if rows['way'].notna().any() else 'ways and shots that vary'
     text = (
         f'Scale `{rows["scale"].iloc[0]}`, backbone {several("backbone")}, {ways}, '
@@ -371,9 +373,16 @@ def _write_facts(rows: pd.DataFrame) -> str:
     if rows['n_tasks'].nunique() > 1:
         text += (
             ' A method with fewer tasks solved the first of them: its cells do not compare with '
-            "the others', the gains do."
+            "the others' and have no rank, the gains do compare."
         )
     return text + '\n\n'
+
+
+def _link_claims(run: SeedRun) -> str:
+    "A link to the page of all claims, which lies beside the tables or at the top of `results`."
+    parts = run.folder.parts
+    depth = parts[::-1].index('results') if 'results' in parts else 1 + bool(run.seed)
+    return f'[All claims, by every seed]({"../" * depth}claims/table.md)\n\n'
 
 
 _GAINS = '## Gains\n\nTask by task, with 95 % intervals.\n\n'
@@ -414,8 +423,7 @@ def write_page(
     verdicts = write_verdicts(judged)
     if verdicts:
         text += f'## Claims, judged by this seed\n\n{verdicts}\n'
-        up = '../..' if run.seed else '..'
-        text += f'[All claims, by every seed]({up}/claims/table.md)\n\n'
+        text += _link_claims(run.folder)
     text += f'## Rows\n\n{_write_facts(run.rows)}{_write_sections(run.rows)}'
     text += ''.join(f'\n![{name}]({name}.png)\n' for name in pictures[1:])
     return text if about else text + _write_paper(table)
