@@ -377,7 +377,7 @@ def _write_facts(rows: pd.DataFrame) -> str:
         )
     return text + '\n\n'
 
-
+# %% ../../nbs/5_bench/09_report.ipynb #7fdccae5
 def _link_claims(run: SeedRun) -> str:
     "A link to the page of all claims, which lies beside the tables or at the top of `results`."
     parts = run.folder.parts
