@@ -2,11 +2,14 @@
 
 import ast
 import configparser
+import json
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
 import zipfile
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -234,14 +237,113 @@ def test_readme_and_ci_give_the_same_commands():
     assert TEST in (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')
 
 
-@pytest.mark.parametrize('page', ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md'])
-def test_links_lead_somewhere(page):
-    text = (ROOT / page).read_text(encoding='utf-8')
-    for link in re.findall(r'\]\(([^)#\s]+)', text) + re.findall(
-        r"""<img[^>]*src=["']([^"']+)""", text
-    ):
-        if '://' not in link and not link.startswith('mailto:'):
-            assert (ROOT / link).exists(), f'{page} links to {link}'
+def list_texts(path):
+    "The text of a page, or of all that a notebook shows as markdown."
+    if path.suffix == '.md':
+        return [path.read_text(encoding='utf-8')]
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    shown = [o.get('data', {}) for c in cells for o in c.get('outputs', [])]
+    texts = [c['source'] for c in cells if c['cell_type'] == 'markdown']
+    return [''.join(t) for t in (*texts, *(o.get('text/markdown', '') for o in shown))]
+
+
+PAGES = sorted(ROOT.glob('*.md'))
+for _room in ('nbs', 'results', 'findings', 'lora_recycle'):
+    _found = [p for kind in ('md', 'ipynb') for p in (ROOT / _room).rglob(f'*.{kind}')]
+    PAGES += sorted(p for p in _found if '.ipynb_checkpoints' not in p.parts)
+
+
+def test_links_lead_somewhere():
+    broken = []
+    for page in PAGES:
+        for text in list_texts(page):
+            links = re.findall(r'\]\(([^)#\s]+)', text)
+            links += re.findall(r"""<img[^>]*src=["']([^"']+)""", text)
+            near = [x for x in links if '://' not in x and not x.startswith(('mailto:', 'data:'))]
+            here = page.relative_to(ROOT).as_posix()
+            broken += [f'{here} links to {x}' for x in near if not (page.parent / x).exists()]
+    assert not broken, '\n'.join(broken)
+
+
+# what a reader is told to type; the commands of runs are recorded, and may be older than the code
+TOLD = [p for p in PAGES if p.parent == ROOT and p.name != 'CHANGELOG.md']
+TOLD += [p for p in PAGES if p.suffix == '.ipynb' and 'nbs' in p.parts]
+
+
+@lru_cache
+def read_defaults(notebook):
+    "The parameters of the notebook at path `notebook` below the root, with their defaults."
+    for cell in json.loads((ROOT / notebook).read_text(encoding='utf-8'))['cells']:
+        if 'parameters' in cell['metadata'].get('tags', []):
+            nodes = ast.parse(''.join(cell['source'])).body
+            return {n.targets[0].id: ast.literal_eval(n.value) for n in nodes}
+    return {}
+
+
+def read_command(text):
+    "Notebook, executed notebook and parameters of a papermill command that begins `text`."
+    command = re.split(r'`|&&|[ \t]#|\n|\. ', text, maxsplit=1)[0]
+    words = shlex.split(command)
+    given = dict(pair for k, *pair in zip(words, words[1:], words[2:]) if k == '-p')
+    return words[1], words[2], given
+
+
+def check_command(text):
+    "Fails unless the command is one that papermill can run, and publishes what it says."
+    from lora_recycle.bench.methods import SCALES
+    from lora_recycle.bench.tables import TABLES, chosen_methods
+
+    notebook, target, given = read_command(text)
+    assert (ROOT / notebook).is_file(), f'no {notebook}'
+    known = read_defaults(notebook)
+    assert set(given) <= set(known), f'{notebook} has no {sorted(set(given) - set(known))}'
+    if target.startswith('results/') and 'out_dir' in known:
+        published = given.get('out_dir', known['out_dir'])
+        assert published.startswith('results'), f'{target} lies beside rows: out_dir={published}'
+    if notebook.endswith('run_table.ipynb'):
+        scale = SCALES[given.get('scale', 'embedded')]
+        assert given.get('table', 'in_domain') in TABLES
+        chosen_methods(given.get('table', 'in_domain'), given.get('methods', 'all'), scale)
+
+
+def test_commands_are_legal():
+    n = 0
+    illegal = []
+    anywhere = {k for p in (ROOT / 'nbs').glob('*.ipynb') for k in read_defaults(f'nbs/{p.name}')}
+    for page in TOLD:
+        for text in list_texts(page):
+            text = text.replace('\\\n', ' ')
+            for found in re.finditer(r'papermill nbs/(?=\w+\.ipynb \S)', text):
+                n += 1
+                try:
+                    check_command(text[found.start() :])
+                except (AssertionError, ValueError) as err:
+                    illegal.append(f'{page.name}: {err}')
+            unknown = set(re.findall(r'(?<!mkdir )-p (\w+) ', text)) - anywhere
+            illegal += [f'{page.name}: no notebook has the parameter {x}' for x in unknown]
+    assert n > 20 and not illegal, '\n'.join(illegal)
+
+
+@pytest.mark.parametrize(
+    'command, match',
+    [
+        ('papermill nbs/run_tabel.ipynb out.ipynb', 'no nbs'),
+        ('papermill nbs/run_table.ipynb out.ipynb -p publish True', 'publish'),
+        ('papermill nbs/run_table.ipynb out.ipynb -p methods "NN|LoRA Recycle"', 'methods'),
+        ('papermill nbs/run_table.ipynb results/a/b.ipynb -p table alpha', 'out_dir'),
+    ],
+)
+def test_an_illegal_command_is_found(command, match):
+    with pytest.raises((AssertionError, ValueError), match=match):
+        check_command(command)
+
+
+def test_what_ships_says_how_it_was_made():
+    for path in (ROOT / 'lora_recycle' / 'assets').glob('*/manifest.json'):
+        record = json.loads(path.read_text(encoding='utf-8'))
+        assert {'files', 'seed', 'command'} <= set(record), path.parent.name
+        assert 'Tensor [' not in path.read_text(encoding='utf-8'), f'{path.parent.name}: numbers'
+        check_command(record['command'])
 
 
 def test_the_numbers_in_the_readme_are_those_of_the_results():

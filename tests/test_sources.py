@@ -271,6 +271,17 @@ def test_parameters_are_literal_and_used(path):
 
 
 @each(PAPERMILL)
+def test_a_misspelt_parameter_is_refused(path):
+    names = {node.targets[0].id for c in list_parameters(path) for node in parse_cell(c).body}
+    cells = [c['source'] for c in read_cells(path)]
+    calls = [i for i, source in enumerate(cells) if 'read_parameters(globals()' in source]
+    assert calls, 'call read_parameters(globals(), ...) in a cell behind the parameters'
+    head = '\n'.join(cells[1 : calls[0] + 1])
+    unknown = {name for name in names if not re.search(rf"\b{name}=|'{name}'", head)}
+    assert not unknown, f'read_parameters does not know {sorted(unknown)}'
+
+
+@each(PAPERMILL)
 def test_papermill_runs_every_cell(path):
     skipped = [c['source'] for c in read_cells(path) if find_directive(c, 'eval') == 'false']
     assert not skipped, 'nbdev_test would skip it, papermill would not'
