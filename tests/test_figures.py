@@ -1,17 +1,15 @@
 "Figures 7 to 9 through the real papermill command line, and the rival inversion of Figure 7."
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tools import run_head
+from tools import papermill, run_cells
 
 from lora_recycle.bench.results import TIME_COLUMNS, read_episodes, read_rows
 from lora_recycle.core import generator
@@ -21,7 +19,6 @@ from lora_recycle.rivals.cmi import CmiConfig, contrastive_loss, generator_net, 
 from lora_recycle.suite.images import IN_DOMAIN
 from lora_recycle.suite.miniature import load_miniature
 
-ROOT = Path(__file__).resolve().parent.parent
 WITHOUT = ('recycle-no-bn', 'recycle-no-tokens', 'recycle-no-tv', 'recycle-no-prior')
 MEASURED = {
     'teacher_accuracy',
@@ -34,23 +31,17 @@ MEASURED = {
 }
 
 
-def papermill(folder, **parameters):
-    "Run the notebook at smoke scale below `folder`: exit status and what it said"
-    values = dict(scale='smoke', out_dir=folder / 'results', cache_dir=folder / 'cache')
-    values |= parameters
-    given = [word for k, v in values.items() for word in ('-p', k, str(v))]
-    command = [sys.executable, '-m', 'papermill', '--no-progress-bar', 'nbs/figures.ipynb']
-    command += [str(folder / 'out.ipynb'), *given]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
-    return done.returncode, done.stdout + done.stderr
+def choose(folder, **parameters):
+    "Parameters of a run at smoke scale below `folder`"
+    places = dict(out_dir=str(folder / 'results'), cache_dir=str(folder / 'cache'))
+    return dict(scale='smoke') | places | parameters
 
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
     "A folder in which the figures were made from an empty cache"
     folder = tmp_path_factory.mktemp('figures')
-    code, said = papermill(folder)
-    assert code == 0, said[-3000:]
+    papermill('figures.ipynb', folder / 'out.ipynb', **choose(folder))
     return folder
 
 
@@ -148,8 +139,8 @@ def test_statements_are_judged(finished):
 
 
 def test_a_full_cache_makes_nothing(finished, rows):
-    code, said = papermill(finished)
-    assert code == 0, said[-3000:]
+    run_cells('figures.ipynb', **choose(finished))
+    plt.close('all')
     stages = json.loads((finished / 'results/figures/run.json').read_text())['stages']
     assert stages and {s['outcome'] for s in stages} == {'hit'}
     again = read_rows(finished / 'results' / 'figures').drop(columns=list(TIME_COLUMNS))
@@ -159,8 +150,7 @@ def test_a_full_cache_makes_nothing(finished, rows):
 
 def run_guards(folder, **parameters):
     "The cells up to the first work, with `parameters`, as papermill would run them, but here"
-    given = dict(out_dir=str(folder / 'results'), cache_dir=str(folder / 'cache')) | parameters
-    run_head('figures.ipynb', "check_folder('cache_dir'", **given)
+    run_cells('figures.ipynb', "check_folder('cache_dir'", **choose(folder, **parameters))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +169,7 @@ def test_bad_parameters_end_before_any_work(tmp_path, parameters, words):
     for word in words:
         assert word in str(err.value)
     assert not list(tmp_path.glob('*/*/*'))
-    run_guards(tmp_path)
+    run_guards(tmp_path, scale='embedded')
 
 
 @settings(max_examples=30, deadline=None)

@@ -6,8 +6,6 @@ under the paper's names, which take the same path.
 
 import os
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tools import try_papermill
 from torchvision.models import resnet50
 
 from lora_recycle.bench.claims import claims_of, judge
@@ -58,7 +57,6 @@ from lora_recycle.paper.preflight import (
 from lora_recycle.rivals.finetune import HubConfig, TuneConfig
 from lora_recycle.suite.miniature import load_miniature
 
-ROOT = Path(__file__).resolve().parent.parent
 PAPER = SCALES['paper']
 
 
@@ -478,12 +476,8 @@ def write_whole(folder):
 def run_table(folder, env=None, **parameters):
     "papermill to its end: exit status and what is in the executed notebook and on the screen"
     values = dict(out_dir=folder / 'results', cache_dir=folder / 'cache') | parameters
-    given = [word for k, v in values.items() for word in ('-p', k, str(v))]
-    command = [sys.executable, '-m', 'papermill', '--no-progress-bar', 'nbs/run_table.ipynb']
-    command += [str(folder / 'out.ipynb'), *given]
-    how = dict(cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
-    done = subprocess.run(command, **how)
-    return done.returncode, done.stdout + done.stderr + (folder / 'out.ipynb').read_text()
+    code, said = try_papermill('run_table.ipynb', folder / 'out.ipynb', env, **values)
+    return code, said + (folder / 'out.ipynb').read_text()
 
 
 def test_dry_run_stops_after_the_plan(tmp_path):

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import psutil
 import pytest
-from tools import ROOT, run_head
+from tools import ROOT, list_command, run_cells, try_papermill
 
 from lora_recycle.bench.claims import claims_of, judge
 from lora_recycle.bench.methods import METHODS, SCALES
@@ -44,25 +44,19 @@ from lora_recycle.core import Cache, load_tensors
 from lora_recycle.jobs import Executor
 from lora_recycle.suite.miniature import shipped
 
-PAPERMILL = [sys.executable, '-m', 'papermill']
 FEW = dict(table='interpolation', methods='nn|recycle')  # one set: Cyrillic
 DOMAIN_TABLES = ('in_domain', 'cross_domain', 'in_domain_b32')
 
 
-def command(folder, **parameters):
-    "The papermill command for a smoke run that writes below `folder`"
-    values = dict(scale='smoke', executor='here')
-    values |= dict(out_dir=folder / 'results', cache_dir=folder / 'cache')
-    given = [w for k, v in (values | parameters).items() for w in ('-p', k, str(v))]
-    files = ('nbs/run_table.ipynb', str(folder / 'out.ipynb'))
-    return [*PAPERMILL, *files, '--no-progress-bar', *given]
+def choose(folder, **parameters):
+    "Parameters of a smoke run that writes below `folder`"
+    places = dict(out_dir=str(folder / 'results'), cache_dir=str(folder / 'cache'))
+    return dict(scale='smoke', executor='here') | places | parameters
 
 
-def papermill(folder, **parameters):
-    "Run it to its end: exit status and what it said"
-    how = dict(cwd=ROOT, capture_output=True, text=True, timeout=900)
-    done = subprocess.run(command(folder, **parameters), **how)
-    return done.returncode, done.stdout + done.stderr
+def run_table(folder, **parameters):
+    "papermill to its end: exit status and what it said"
+    return try_papermill('run_table.ipynb', folder / 'out.ipynb', **choose(folder, **parameters))
 
 
 def rows_of(folder, table=FEW['table']):
@@ -87,8 +81,8 @@ def outcomes(folder):
 def finished(tmp_path_factory):
     "A folder in which the smoke table was made from an empty cache"
     folder = tmp_path_factory.mktemp('finished')
-    code, said = papermill(folder)
-    assert code == 0, said[-3000:]
+    run_cells('run_table.ipynb', **choose(folder))
+    plt.close('all')
     return folder
 
 
@@ -188,7 +182,7 @@ def test_episodes_give_the_rows_back(finished):
 def small(tmp_path_factory):
     "The same with a few methods: every stage, in less time"
     folder = tmp_path_factory.mktemp('small')
-    code, said = papermill(folder, **FEW)
+    code, said = run_table(folder, **FEW)
     assert code == 0, said[-3000:]
     return folder
 
@@ -204,8 +198,9 @@ def test_a_few_methods_give_the_rows_of_all(finished, small):
 
 def begin(folder, **parameters):
     "The same command, not waited for"
+    command = list_command('run_table.ipynb', folder / 'out.ipynb', **choose(folder, **parameters))
     how = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(command(folder, **FEW, **parameters), **how)
+    return subprocess.Popen(command, **how)
 
 
 def list_workers(process):
@@ -215,7 +210,7 @@ def list_workers(process):
 
 def test_a_killed_worker_costs_its_job_only(tmp_path, small):
     "One of two processes is killed as soon as it is at work: the same rows, nothing made twice"
-    process = begin(tmp_path, executor='processes', workers=2)
+    process = begin(tmp_path, **FEW, executor='processes', workers=2)
     while process.poll() is None and not (found := list_workers(process)):
         time.sleep(0.05)
     found[0].kill()
@@ -252,12 +247,12 @@ def test_a_run_killed_in_every_stage_resumes(small, tmp_path):
     "The same run is killed in each stage; the next one repeats nothing that was finished"
     done = {}
     for stage in ('market', 'inverted', 'meta', 'answers'):
-        kill_after(begin(tmp_path), tmp_path, stage)
+        kill_after(begin(tmp_path, **FEW), tmp_path, stage)
         now = list_made(tmp_path)
         assert any(kind == stage for kind, _ in now)
         assert done.items() <= now.items()  # not made again
         done = now
-    code, said = papermill(tmp_path, **FEW)
+    code, said = run_table(tmp_path, **FEW)
     assert code == 0, said[-3000:]
     assert done.items() <= list_made(tmp_path).items()
     assert all(outcomes(tmp_path).get(key, 'hit') == 'hit' for key in done)
@@ -266,8 +261,8 @@ def test_a_run_killed_in_every_stage_resumes(small, tmp_path):
 
 def test_a_full_cache_makes_nothing_and_damaged_entries_are_named_and_rebuilt(small):
     before = rows_of(small)
-    code, said = papermill(small, **FEW)
-    assert code == 0, said[-3000:]
+    run_cells('run_table.ipynb', **choose(small, **FEW))
+    plt.close('all')
     assert set(outcomes(small).values()) == {'hit'}
     kinds = ('inverted', 'meta', 'answers')
     entries = [sorted((small / 'cache' / k).iterdir()) for k in kinds]
@@ -275,7 +270,7 @@ def test_a_full_cache_makes_nothing_and_damaged_entries_are_named_and_rebuilt(sm
     for entry in broken:
         data = entry / 'data.safetensors'
         data.write_bytes(data.read_bytes()[:-7])
-    code, said = papermill(small, **FEW)
+    code, said = run_table(small, **FEW)
     assert code == 0, said[-3000:]
     pd.testing.assert_frame_equal(before, rows_of(small), check_exact=True)
     assert outcomes(small)['answers', broken[2].name] == 'rebuilt'
@@ -304,14 +299,14 @@ def test_bad_parameters_end_before_any_work(tmp_path, parameters, words):
     folders = dict(out_dir=str(tmp_path / 'results'), cache_dir=str(tmp_path / 'cache'))
     with pytest.raises((ValueError, OSError)) as caught:
         given = dict(scale='smoke', **folders) | parameters
-        run_head('run_table.ipynb', "check_folder('cache_dir'", **given)
+        run_cells('run_table.ipynb', "check_folder('cache_dir'", **given)
     for word in words:
         assert word in str(caught.value)
     assert not list(tmp_path.rglob('rows.csv')) and not list(tmp_path.glob('cache/*/*'))
 
 
 def test_a_bad_parameter_ends_the_command(tmp_path):
-    code, said = papermill(tmp_path, tabel='in_domain')
+    code, said = run_table(tmp_path, tabel='in_domain')
     assert code != 0 and "Did you mean 'table'" in said, said[-1500:]
     assert not list(tmp_path.rglob('rows.csv')) and not list(tmp_path.glob('cache/*/*'))
 
@@ -344,21 +339,9 @@ def test_shipped_weights_and_markets_can_be_rebuilt(tmp_path):
         'ship_market': dict(scale='smoke', out_dir=tmp_path / 'market'),
     }
     for name, values in tiny.items():
-        done = subprocess.run(
-            [
-                *PAPERMILL,
-                f'nbs/{name}.ipynb',
-                str(tmp_path / f'{name}.ipynb'),
-                '--cwd',
-                'nbs',
-                '--no-progress-bar',
-                *(w for k, v in values.items() for w in ('-p', k, str(v))),
-            ],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
+        command = list_command(f'{name}.ipynb', tmp_path / f'{name}.ipynb', **values)
+        how = dict(cwd=ROOT, capture_output=True, text=True, timeout=600)
+        done = subprocess.run([*command, '--cwd', 'nbs'], **how)
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     for folder in ('miniature', 'market'):
         manifest = json.loads((tmp_path / folder / 'manifest.json').read_text())

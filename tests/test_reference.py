@@ -5,7 +5,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from tools import ROOT, papermill, read_cells, run_head
+from tools import ROOT, papermill, read_cells, run_cells
 
 from lora_recycle.method.backbone import blank_dropped, encode
 from lora_recycle.core import generator
@@ -206,7 +206,7 @@ def test_the_benchmark_runs_and_tells_what_moved(tmp_path):
 
 def test_ratios_that_moved_are_told(capsys, tmp_path):
     "As if it had been three times as fast before"
-    names = run_head(
+    names = run_cells(
         'benchmark.ipynb', "check_folder('out_dir'", size='smoke', out_dir=str(tmp_path)
     )
     line = dict(scale='smoke', device='a CPU', backbone='miniature', dataset='noise', method='ours')
@@ -234,7 +234,7 @@ def test_ratios_that_moved_are_told(capsys, tmp_path):
 def test_bad_parameters_end_before_any_work(tmp_path, parameters, words):
     given = dict(out_dir=str(tmp_path / 'results')) | parameters
     with pytest.raises(ValueError) as caught:
-        run_head('benchmark.ipynb', "check_folder('out_dir'", **given)
+        run_cells('benchmark.ipynb', "check_folder('out_dir'", **given)
     for word in words:
         assert word in str(caught.value)
     assert not (tmp_path / 'results').exists()

@@ -4,7 +4,7 @@ import json
 
 import pandas as pd
 import pytest
-from tools import papermill, run_head
+from tools import papermill, run_cells
 
 
 def test_the_study_runs(tmp_path):
@@ -27,4 +27,4 @@ def test_the_study_runs(tmp_path):
 def test_it_refuses_before_any_work(tmp_path, name, value):
     given = dict(out_dir=str(tmp_path), cache_dir=str(tmp_path)) | {name: value}
     with pytest.raises(ValueError, match=name):
-        run_head('study.ipynb', "check_folder('out_dir'", **given)
+        run_cells('study.ipynb', "check_folder('out_dir'", **given)

@@ -133,25 +133,40 @@ def execute(path):
     write_stamp(path)
 
 
-def papermill(notebook, target, **parameters):
-    "Run `nbs/notebook` with `parameters` into the file `target`, from the project's folder."
+def list_command(notebook, target, **parameters):
+    "The command by which a user runs `nbs/notebook` with `parameters` into the file `target`."
     given = [part for item in parameters.items() for part in ('-p', *map(str, item))]
+    start = (sys.executable, '-m', 'papermill', '--no-progress-bar')
+    return [*start, f'nbs/{notebook}', str(target), *given]
+
+
+def try_papermill(notebook, target, env=None, **parameters):
+    "That command to its end, from the project's folder: exit status and what it said."
     target.parent.mkdir(parents=True, exist_ok=True)
-    how = dict(cwd=ROOT, capture_output=True, text=True)
-    run_tool('papermill', '--no-progress-bar', f'nbs/{notebook}', target, *given, **how)
+    how = dict(cwd=ROOT, env=env, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(list_command(notebook, target, **parameters), **how)
+    return done.returncode, done.stdout + done.stderr
+
+
+def papermill(notebook, target, **parameters):
+    "The same where it must succeed: the executed notebook, `target`."
+    code, said = try_papermill(notebook, target, **parameters)
+    assert code == 0, said[-3000:]
     return target
 
 
-def run_head(notebook, last, **parameters):
-    "The names left by the cells of `nbs/notebook` up to the one with `last`, run here."
+def run_cells(notebook, last=None, **parameters):
+    "The names left by the cells of `nbs/notebook`, up to the one with `last` if given, run here."
     names = dict(__name__=notebook)
     for cell in read_cells(ROOT / 'nbs' / notebook):
         exec(compile(cell['source'], notebook, 'exec'), names)
         if 'parameters' in cell['metadata'].get('tags', []):
             names.update(parameters)
-        if last in cell['source']:
+        if last is not None and last in cell['source']:
             return names
-    raise ValueError(f'no cell of {notebook} holds {last!r}')
+    if last is not None:
+        raise ValueError(f'no cell of {notebook} holds {last!r}')
+    return names
 
 
 if __name__ == '__main__':

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['VIT_B16', 'VIT_B32', 'FRESH', 'PAPER_PLANS', 'PAPER_COST', 'COST_SIZES', 'ViTShape', 'shape_of', 'random_backbone',
            'n_kept_patches', 'tokens_per_layer', 'flops_g', 'flops_true_g', 'inversion_step', 'meta_step',
-           'random_prior', 'interleaved', 'compare', 'peak_memory', 'fresh_step', 'name_plan', 'CostLine', 'CostStudy',
-           'make_pruning_study', 'make_sparsity_study', 'CostSize', 'Timing', 'add_ratios', 'measure_costs']
+           'random_prior', 'interleaved', 'compare', 'peak_memories', 'peak_memory', 'fresh_step', 'name_plan',
+           'CostLine', 'CostStudy', 'make_pruning_study', 'make_sparsity_study', 'CostSize', 'Timing', 'add_ratios',
+           'measure_costs']
 
 # %% ../../nbs/5_bench/02_cost.ipynb #4c979a65
 import ast
 import importlib
-import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -349,17 +350,30 @@ def _high_water(device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
-def _report(target: str, kwargs: str, threads: str):
-    "In the fresh process: print the growth in bytes while a step is built and run once."
+def _measure(make: Callable, kwargs: dict):
+    "Print the growth in bytes while a step is built and run once."
+    device = kwargs.get('device', 'cpu')
+    before = _high_water(device)
+    make(**kwargs)()
+    print('peak', _high_water(device) - before, flush=True)
+
+
+def _report(target: str, calls: str, threads: str):
+    "In the fresh process: measure each of `calls`, in a fork of its own if there are several."
     torch.set_num_threads(int(threads))
     module, name = target.split(':')
     make = getattr(importlib.import_module(module), name)
-    kwargs = ast.literal_eval(kwargs)
-    device = kwargs.get('device', 'cpu')
     torch.optim.Adam([torch.zeros(1, requires_grad=True)]).step()
-    before = _high_water(device)
-    make(**kwargs)()
-    print(json.dumps(_high_water(device) - before))
+    calls = ast.literal_eval(calls)
+    for kwargs in calls:
+        child = os.fork() if len(calls) > 1 else 0
+        if not child:
+            return _measure(make, kwargs)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code < 0:
+            os.kill(os.getpid(), -code)
+        if code:
+            raise SystemExit(code)
 
 # %% ../../nbs/5_bench/02_cost.ipynb #681bfb58
 def _check_handed_over(make_step: str, kwargs: dict):
@@ -390,20 +404,37 @@ def _explain_failure(done: subprocess.CompletedProcess) -> str:
 _REPORT = 'import sys; from lora_recycle.bench.cost import _report; _report(*sys.argv[1:])'
 
 
+def _ask_fresh(make_step: str, calls: list[dict]) -> list[float]:
+    "What one fresh process measures, MiB."
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path))
+    command = [sys.executable, '-c', _REPORT, make_step, repr(calls)]
+    how = dict(env=env, capture_output=True, text=True)
+    done = subprocess.run([*command, str(torch.get_num_threads())], **how)
+    found = re.findall(r'^peak (\d+)$', done.stdout, re.MULTILINE)
+    if done.returncode:
+        why = _explain_failure(done)
+        raise RuntimeError(f'{make_step} with {calls[len(found)]} failed in its process: {why}')
+    return [int(size) / 2**20 for size in found]
+
+
+def peak_memories(
+    make_step: str,  # 'module:function', which gives a function without arguments
+    calls: list[dict],  # its arguments, of one measurement each
+) -> list[float]:  # MiB
+    "`peak_memory` of several steps; on a CPU they share one start of Python."
+    for kwargs in calls:
+        _check_handed_over(make_step, kwargs)
+    alone = not hasattr(os, 'fork') or any(c.get('device', 'cpu') != 'cpu' for c in calls)
+    parts = [[c] for c in calls] if alone else [calls]
+    return [size for part in parts for size in _ask_fresh(make_step, part)]
+
+
 def peak_memory(
     make_step: str,  # 'module:function', which gives a function without arguments
     **kwargs,  # for it: plain numbers, strings, None, tuples, lists, dicts; maybe `device`
 ) -> float:  # MiB
     "Peak memory of building and running one step in a fresh process."
-    _check_handed_over(make_step, kwargs)
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path))
-    command = [sys.executable, '-c', _REPORT, make_step, repr(kwargs)]
-    how = dict(env=env, capture_output=True, text=True)
-    done = subprocess.run([*command, str(torch.get_num_threads())], **how)
-    if done.returncode:
-        why = _explain_failure(done)
-        raise RuntimeError(f'{make_step} with {kwargs} failed in its process: {why}')
-    return json.loads(done.stdout.splitlines()[-1]) / 2**20
+    return peak_memories(make_step, [kwargs])[0]
 
 # %% ../../nbs/5_bench/02_cost.ipynb #34c92cc8
 FRESH = 'lora_recycle.bench.cost:fresh_step'
@@ -514,13 +545,14 @@ class CostSize:
     shape: ViTShape
     inversion: int
     meta: int
+    repeats: int = 5  # rounds that are timed
 
 
 PAPER_COST = CostSize(VIT_B16, 25, 100)  # on a GPU
 COST_SIZES = {
     'paper': PAPER_COST,
     'embedded': CostSize(VIT_B16, 4, 20),
-    'smoke': CostSize(ViTShape('random tiny', 24, 6, 64, 12, 4, 32), 2, 10),
+    'smoke': CostSize(ViTShape('random tiny', 24, 6, 64, 12, 4, 32), 2, 10, repeats=1),
 }
 
 
@@ -553,18 +585,20 @@ def _count_line(line: CostLine, shape: ViTShape) -> dict:
 
 
 def _measure_group(group: list, shape: ViTShape, batch: int, timing: Timing) -> list[dict]:
-    "For each line of `group` a dict metric -> value."
+    "For each line of `group` a dict metric -> value, without its memory."
     backbone = random_backbone(shape, generator(timing.seed, 'cost')).to(timing.device)
     prior = random_prior(timing.seed).to(timing.device) if group[0].prior else None
     steps = {i: _make_line_step(x, backbone, prior, batch) for i, x in enumerate(group)}
     speed = compare(interleaved(steps, timing.repeats, timing.warmup))['its_per_s']
-    found = []
-    for i, line in enumerate(group):
-        found.append(_count_line(line, shape) | dict(throughput_its_per_s=speed[i]))
-        if timing.memory:
-            how = dict(line=line.step, device=timing.device, seed=timing.seed)
-            found[-1]['peak_mem_mb'] = peak_memory(FRESH, shape=astuple(shape), batch=batch, **how)
-    return found
+    counted = [_count_line(line, shape) for line in group]
+    return [c | dict(throughput_its_per_s=speed[i]) for i, c in enumerate(counted)]
+
+
+def _measure_peaks(groups: list, shape: ViTShape, batch: int, timing: Timing) -> list[dict]:
+    "The memory of each line of all groups, in their order."
+    same = dict(shape=astuple(shape), batch=batch, device=timing.device, seed=timing.seed)
+    calls = [dict(same, line=line.step) for group in groups for line in group]
+    return [dict(peak_mem_mb=peak) for peak in peak_memories(FRESH, calls)]
 
 # %% ../../nbs/5_bench/02_cost.ipynb #4d159f14
 def add_ratios(
@@ -586,12 +620,16 @@ def measure_costs(
 
     for line in study.lines:
         check_plan(dict(line.plan or ()), shape.layers)
+    groups = study.groups
+    found = [_measure_group(group, shape, batch, timing) for group in groups]
+    if timing.memory:
+        peaks = iter(_measure_peaks(groups, shape, batch, timing))
+        found = [[values | next(peaks) for values in part] for part in found]
     rows = []
-    for group in study.groups:
-        found = _measure_group(group, shape, batch, timing)
-        for line, values in zip(group, found):
+    for group, part in zip(groups, found):
+        for line, values in zip(group, part):
             same = dict(method=line.method, title=line.title, dataset=f'noise, batch {batch}')
             same['backbone'] = f'{shape.name} (random weights)'
-            pairs = add_ratios(values, found[0])
+            pairs = add_ratios(values, part[0])
             rows += [dict(same, metric=metric, value=value) for metric, value in pairs.items()]
     return pd.DataFrame(rows)

@@ -37,6 +37,7 @@ from .reference import market_step, plain_inversion_step, plain_meta_step
 from ..core import check_choice, environment, generator
 from ..method.backbone import Backbone, encode, normalise
 from ..method.lora import new_lora
+from ..suite.miniature import load_prior
 
 # %% ../../nbs/5_bench/11_device.ipynb #c77b0c34
 @dataclass(frozen=True)
@@ -66,8 +67,10 @@ def choose_device_size(
 LIMITS = dict(float32=1e-4, bfloat16=0.05)  # largest difference, relative to the largest number
 
 
-def _prior() -> nn.Module | None:
-    "The network of R_BN, if torchvision is there."
+def _prior(size: DeviceSize) -> nn.Module | None:
+    "The network of R_BN: the miniature's for a toy, else a ResNet-50, if torchvision is there."
+    if size.shape != VIT_B16:
+        return load_prior()
     return random_prior() if importlib.util.find_spec('torchvision') else None
 
 
@@ -123,7 +126,7 @@ def compare_with_cpu(
     "How far the device is from the CPU in float32, in both precisions."
     few = replace(size, batch=10, loras=min(4, size.loras))
     backbone = random_backbone(size.shape, generator(0))
-    prior = _prior()
+    prior = _prior(size)
     wanted = compute_parts(backbone, few, prior)
     there = backbone.to(device)
     prior = prior and prior.to(device)
@@ -194,7 +197,7 @@ def time_steps(
 ) -> list[dict]:  # part, precision, metric, value
     "Images a second, memory, and share of the rate of one large product, in both precisions."
     backbone = random_backbone(size.shape, generator(0)).to(device)
-    prior = _prior()
+    prior = _prior(size)
     prior = prior and prior.to(device)
     rows = []
     for precision in LIMITS:

@@ -46,7 +46,7 @@ from lora_recycle.bench.cost import (
     measure_costs,
     n_kept_patches,
     name_plan,
-    peak_memory,
+    peak_memories,
     random_backbone,
     shape_of,
 )
@@ -190,15 +190,19 @@ def measure_tasks(
 ) -> pd.DataFrame:  # columns method, title, backbone, dataset, metric, value
     "Each metric after its ratio to full fine-tuning."
     rows = []
+    same = dict(device=device, seed=seed)
+    calls = [dict(same, shape=astuple(s), method=m, steps=2) for s in shapes for m in TASK_METHODS]
+    peaks = iter(peak_memories(_TASK, calls))
     for shape, n, rounds in zip(shapes, study.steps, study.repeats):
-        how = dict(shape=astuple(shape), device=device, seed=seed)
-        steps = {m: task_step(method=m, steps=n, **how) for m in TASK_METHODS}
+        how = dict(same, shape=astuple(shape), steps=n)
+        steps = {m: task_step(method=m, **how) for m in TASK_METHODS}
         speed = compare(interleaved(steps, rounds, warmup=0))['its_per_s']
-        memory = {m: peak_memory(_TASK, method=m, steps=2, **how) for m in TASK_METHODS}
-        found = {m: dict(throughput_tasks_per_s=speed[m], peak_mem_mb=memory[m]) for m in memory}
-        same = dict(backbone=f'{shape.name}, random weights', dataset=f'noise, {n} steps')
+        found = {
+            m: dict(throughput_tasks_per_s=speed[m], peak_mem_mb=next(peaks)) for m in TASK_METHODS
+        }
+        place = dict(backbone=f'{shape.name}, random weights', dataset=f'noise, {n} steps')
         for m, values in found.items():
-            line = dict(same, method=m, title=TASK_METHODS[m])
+            line = dict(place, method=m, title=TASK_METHODS[m])
             pairs = add_ratios(values, found['full']).items()
             rows += [dict(line, metric=metric, value=value) for metric, value in pairs]
     return pd.DataFrame(rows)
@@ -231,7 +235,7 @@ def _plan_measurement(study, chain: Chain, scale: Scale, batch: int) -> tuple[di
         measure = partial(measure_tasks, study, shapes, device, chain.seed)
         return dict(study=study, shapes=shapes), measure
     batch = batch or getattr(size, study.stage)
-    timing = Timing(device=device, seed=chain.seed)
+    timing = Timing(size.repeats, device=device, seed=chain.seed)
     measure = partial(measure_costs, study, batch, size.shape, timing)
     return dict(study=study, shape=size.shape, batch=batch), measure
 

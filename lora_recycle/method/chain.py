@@ -9,11 +9,12 @@ __all__ = ['STARTS', 'POOLS', 'STAGES', 'PRIORS', 'PRECISIONS', 'NATURAL', 'SETT
            'Chain', 'load_priors', 'list_tune_inputs', 'chain_on', 'make_stage', 'compute']
 
 # %% ../../nbs/1_method/05_chain.ipynb #4b87c55d
+import copy
 import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -209,10 +210,10 @@ _HOUR = dict(
 SETTINGS = {
     'smoke': Settings(
         'smoke',
-        MarketConfig(n_loras=4, steps=4, batch=20, lr=6e-3),
-        replace(NATURAL, steps=4, per_class=7),
-        DistillConfig(steps=4, n_query=2, rank=4, cycle=4, warmup=1),
-        per_class=20,
+        MarketConfig(n_loras=4, steps=2, batch=10, lr=6e-3),
+        replace(NATURAL, steps=2, per_class=7),
+        DistillConfig(steps=2, n_query=2, rank=4, cycle=2, warmup=1),
+        per_class=12,
     ),
     'embedded': Settings(
         'embedded',
@@ -331,15 +332,27 @@ class _Renormalise(nn.Module):
 _CNNS = dict(resnet50='resnet50')  # name in torchvision, and of the file
 
 
+@lru_cache(maxsize=1)  # every stage of inversion asks for it
+def _read_cnn(name: str, path: Path, written: int) -> nn.Module:
+    "The CNN whose checkpoint was `written` at that time, frozen; no weight is drawn first."
+    with torch.device('meta'):
+        net = getattr(_models(), _CNNS[name])(weights=None)
+    net = net.to_empty(device='cpu').eval().requires_grad_(False)
+    for counter in net.buffers():
+        counter.zero_()  # old checkpoints do not hold all of them
+    net.load_state_dict(_checkpoints().read_checkpoint(path).tensors, strict=True)
+    return net
+
+
 def cnn_prior(
     name: str,  # 'resnet50'
     path,  # torchvision's checkpoint
     backbone: Backbone,  # whose normalisation images have
 ) -> nn.Module:  # frozen
     "A CNN of torchvision that sees images of the backbone as ImageNet has them."
-    net = getattr(_models(), _CNNS[name])(weights=None).eval().requires_grad_(False)
-    net.load_state_dict(_checkpoints().read_checkpoint(path).tensors, strict=True)
-    return nn.Sequential(_Renormalise(backbone), net)
+    path = Path(path).resolve()
+    net = _read_cnn(name, path, path.stat().st_mtime_ns)
+    return nn.Sequential(_Renormalise(backbone), copy.deepcopy(net))
 
 
 def shipped_network(
@@ -608,7 +621,10 @@ class _Sets(_Fields):
             return (self,)
         settings = self.source.scale_down(self.settings, n)
         one = lambda name: replace(self, source=type(self.source)((name,)), settings=settings)
-        return tuple(one(name) for name in self.sources)
+        parts = tuple(one(name) for name in self.sources)
+        for part in parts:
+            part.__dict__['_digests'] = _known(self)  # found by one, known by all
+        return parts
 
     @cached_property
     def data(self) -> ImageSet:

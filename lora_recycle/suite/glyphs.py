@@ -175,8 +175,9 @@ def without_lookalikes(
     known = signs[:0] if known is None else known
     everything = torch.cat([known, signs])
     size = everything.square().sum(1)
-    gap = size[:, None] + size[None] - 2 * everything @ everything.T
-    alike = (gap < tolerance**2 * torch.maximum(size[:, None], size[None]))[len(known) :]
+    own = size[len(known) :, None]
+    gap = own + size[None] - 2 * signs @ everything.T
+    alike = gap < tolerance**2 * torch.maximum(own, size[None])
     kept = size >= 1
     for i in range(len(known), len(everything)):
         kept[i] &= not (alike[i - len(known), :i] & kept[:i]).any()

@@ -116,9 +116,10 @@ def _draw_class(glyph: Glyph, name: str, per_class: int) -> Tensor:
     gen = generator(0, 'images', name, glyph.code)
     turn = torch.randperm(len(glyph.faces), generator=gen).tolist()
     faces = [glyph.faces[turn[i % len(turn)]] for i in range(per_class)]
-    masks = np.stack([draw_mask(glyph.code, face) for face in faces])
-    drawn = render(torch.from_numpy(masks), LOOKS[name], gen)[0]
-    return (drawn * 255).round().to(torch.uint8)
+    drawn = {face: draw_mask(glyph.code, face) for face in set(faces)}
+    masks = np.stack([drawn[face] for face in faces])
+    images = render(torch.from_numpy(masks), LOOKS[name], gen)[0]
+    return (images * 255).round().to(torch.uint8)
 
 
 def _glyph_set(name: str, per_class: int = 40) -> ImageSet:
