@@ -349,7 +349,7 @@ def _high_water(device) -> int:
         ) from err
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
-
+# %% ../../nbs/5_bench/02_cost.ipynb #78fe772a
 def _measure(make: Callable, kwargs: dict):
     "Print the growth in bytes while a step is built and run once."
     device = kwargs.get('device', 'cpu')

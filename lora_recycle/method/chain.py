@@ -343,7 +343,7 @@ def _read_cnn(name: str, path: Path, written: int) -> nn.Module:
     net.load_state_dict(_checkpoints().read_checkpoint(path).tensors, strict=True)
     return net
 
-
+# %% ../../nbs/1_method/05_chain.ipynb #d3c2a33e
 def cnn_prior(
     name: str,  # 'resnet50'
     path,  # torchvision's checkpoint
