@@ -899,13 +899,14 @@ def test_ten_lines_of_the_readme(tmp_path):
         pytest.skip('README.md has no such block yet')
     assert sum(bool(line.strip()) for line in block.splitlines()) <= 10
     done = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', block],
+        [sys.executable, '-c', block],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+    assert 'Warning' not in done.stderr
     named = [int(n) for n in re.findall(r'\d', done.stdout)]
     assert len(named) == 10 and sum(a == b for a, b in zip(named, range(10))) >= 5, done.stdout
 
