@@ -425,7 +425,7 @@ def write_page(
     verdicts = write_verdicts(judged)
     if verdicts:
         text += f'## Claims, judged by this seed\n\n{verdicts}\n'
-        text += _link_claims(run.folder)
+        text += _link_claims(run)
     text += f'## Rows\n\n{_write_facts(run.rows)}{_write_sections(run.rows)}'
     text += ''.join(f'\n![{name}]({name}.png)\n' for name in pictures[1:])
     return text if about else text + _write_paper(table)
