@@ -956,6 +956,19 @@ def test_photos_in_their_published_layouts(photos, name):
         assert len(few.groups.unique()) == len(few.groups)  # frames of as many films as there are
 
 
+def test_an_alphabet_in_two_parts_of_omniglot_is_there_once(tmp_path):
+    "As Greek and Latin are in the published small1 and small2; what only one part has stays"
+    one = 'images_background_small1/Greek/character01'
+    two = 'images_background_small2/Greek/character01'
+    make_tree(tmp_path, f'{one}/0394_01.png', f'{one}/0394_02.png')
+    shutil.copytree(tmp_path / one, tmp_path / two)
+    shutil.copy(tmp_path / one / '0394_01.png', tmp_path / two / '0394_03.png')
+    make_tree(tmp_path, 'images_background_small2/Latin/character01/0684_01.png')
+    data = open_set('omniglot', tmp_path)
+    assert data.classes == ('Greek/character01', 'Latin/character01')
+    assert data.labels.bincount().tolist() == [3, 1]
+
+
 def test_tables_show_no_class_that_the_backbone_saw(photos):
     seen, dealt = photo_splits(), deal_tiny_imagenet()
     assert [len(seen[s]) for s in ('train', 'validation', 'test')] == [140, 20, 40]

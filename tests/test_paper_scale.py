@@ -55,6 +55,7 @@ from lora_recycle.paper.preflight import (
     weight_row,
 )
 from lora_recycle.rivals.finetune import HubConfig, TuneConfig
+from lora_recycle.rivals.merge import MergeGrid
 from lora_recycle.suite.miniature import load_miniature
 
 PAPER = SCALES['paper']
@@ -360,7 +361,7 @@ HOUR = SCALES['hour']
 SHORT = alter(
     replace(
         HOUR,
-        **dict(n_query=1, shots=(1,), n_tasks=3),
+        **dict(n_query=1, shots=(1,), n_tasks=3, merge=MergeGrid((1.0,), (0.5,), 2, 1)),
         machine=replace(HOUR.machine, executor=Executor('here')),
     ),
     market=dict(n_loras=2, steps=1, batch=2),
@@ -371,7 +372,7 @@ SHORT = alter(
 
 def test_the_first_hour_runs_from_files_to_the_table(small, tmp_path):
     "Counts shrunk; the plan, bfloat16 and every row are those of the hour"
-    names = 'nn|average|average-factors|recycle|recycle-average'
+    names = 'nn|average|average-factors|recycle|recycle-average|merge-ties|merge-tsv-m'
     place = Place(Cache(tmp_path / 'cache'), files=small)
     methods = chosen_methods('in_domain', names, SHORT)
     checks = preflight('in_domain', SHORT, methods, place, exact=False, seconds=0.1)
@@ -391,6 +392,9 @@ def test_the_first_hour_runs_from_files_to_the_table(small, tmp_path):
 def test_the_hour_fits_where_it_is_meant_to():
     "By operations at 30 x 10^12 a second, and by memory"
     methods = chosen_methods('in_domain', 'quick', HOUR)
+    assert {'nn', 'average', 'average-factors', 'recycle', 'recycle-average'} < set(methods)
+    assert {'merge-ties', 'merge-tsv-m'} < set(methods)
+    assert not {'merge-ties'} & set(chosen_methods('in_domain', 'quick'))
     assert plan_of('in_domain', HOUR, methods, tflops=30.0)['hours'].sum() < 1
     kept = {'ViT-B-16': dict(forward=1.1e7, frozen=9.2e7, full=1.2e8, prior=8.6e7)}
     for row in memory_rows(list_work('in_domain', HOUR, methods), 'cpu', kept):

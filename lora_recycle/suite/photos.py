@@ -126,12 +126,14 @@ def _read_tiny(folder: Path) -> tuple[dict, dict]:
 
 
 def _read_omniglot(folders: list[Path]) -> dict[str, list[str]]:
-    "alphabet/character -> image paths."
+    "alphabet/character -> image paths; an alphabet in two parts is there once."
     found = {}
     for alphabet in (sub for folder in folders for sub in list_subfolders(folder)):
         for name, paths in group_by_class([alphabet]).items():
-            found.setdefault(f'{alphabet.name}/{name}', []).extend(paths)
-    return found
+            known = found.setdefault(f'{alphabet.name}/{name}', {})
+            for path in paths:
+                known.setdefault(os.path.basename(path), path)
+    return {name: list(paths.values()) for name, paths in found.items()}
 
 # %% ../../nbs/3_suite/07_photos.ipynb #964dbf0d
 def _number_tracks(paths: list[str]) -> Tensor:
