@@ -42,6 +42,7 @@ BENCH = {
     'pandas': 'pandas',
     'seaborn': 'seaborn',
     'nevergrad': 'nevergrad',
+    'tokenizers': 'tokenizers',
 }
 DOOR = ('LoRA', 'load_backbone', 'load_set', 'read_market', 'average', 'merge', 'advise', 'recycle')
 DOOR += ('FewShotClassifier', 'compare',)

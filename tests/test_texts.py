@@ -319,3 +319,10 @@ def test_a_market_as_knots_publishes_it(tmp_path):
         warnings.simplefilter('ignore')
         made = recycle(backbone, market, names=[['dots', 'zigzag'], ['one', 'two']], **quick)
     assert made.report['market']['classes'] == 2 and made.lora.targets == market.targets
+
+
+def test_without_open_clip_the_other_ways_are_named(backbone, monkeypatch):
+    monkeypatch.setattr('lora_recycle.paper.texts.find_spec', lambda name: None)
+    bare = new_lora(4, 128, 2, n=2)
+    with pytest.raises(ValueError, match=r'no, class names are read by way of: pip.*\(3\)'):
+        recycle(backbone, bare)

@@ -12,6 +12,7 @@ import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -116,7 +117,7 @@ def _open_words(path: Path, home: str):
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        raise ImportError('SigLIP reads class names by way of: pip install tokenizers') from None
+        raise ImportError('SigLIP reads names by way of: pip install tokenizers') from None
     try:
         return Tokenizer.from_file(str(path))
     except Exception as err:  # the package raises bare exceptions
@@ -189,6 +190,8 @@ def read_text_tower(
     weights=None,  # file or folder with its text tower; None: what the backbone was read from
 ) -> NameReader:
     "The text tower beside an image tower; ValueError, FileNotFoundError say why there is none."
+    if find_spec('open_clip') is None:
+        raise ImportError('class names are read by way of: pip install "lora_recycle[bench]"')
     name = backbone.name
     if weights is None and (name == PHOTO or name in MINIATURES):
         return _shipped_tower(name)
