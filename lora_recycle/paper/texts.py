@@ -184,6 +184,19 @@ def _weights_of(backbone: Backbone, weights) -> Path:
     path = Path(weights or backbone.origin).expanduser()
     return path / 'model.safetensors' if path.is_dir() else path
 
+# %% ../../nbs/6_paper/01_texts.ipynb #e7843429
+def _tower_in(tensors: dict[str, Tensor], path: Path, act: str) -> nn.Module:
+    "The text tower among the `tensors` of the file `path`; ValueError if there is none, or part."
+    found = _text_tensors(tensors)
+    if 'token_embedding.weight' not in found:
+        raise ValueError(f'{path} holds no text tower, the image tower alone; take the whole model')
+    try:
+        act = _text_act(len(found['token_embedding.weight']), tensors, act)
+        return _make_tower(found, act)
+    except (KeyError, RuntimeError) as err:
+        reason = ' '.join(str(err).split())[:300]
+        raise ValueError(f'{path}: its text tower is not whole ({reason})') from None
+
 # %% ../../nbs/6_paper/01_texts.ipynb #822fcfc8
 def read_text_tower(
     backbone: Backbone,  # an image tower of CLIP or SigLIP
@@ -200,15 +213,7 @@ def read_text_tower(
         raise ValueError(f'{name} was trained without text; class names mean nothing to it')
     path = _weights_of(backbone, weights)
     tensors = read_checkpoint(path).tensors
-    found = _text_tensors(tensors)
-    if 'token_embedding.weight' not in found:
-        raise ValueError(f'{path} holds no text tower, the image tower alone; take the whole model')
-    try:
-        act = _text_act(len(found['token_embedding.weight']), tensors, backbone.act)
-        net = _make_tower(found, act)
-    except (KeyError, RuntimeError) as err:
-        reason = ' '.join(str(err).split())[:300]
-        raise ValueError(f'{path}: its text tower is not whole ({reason})') from None
+    net = _tower_in(tensors, path, backbone.act)
     if net.output_dim != backbone.out_dim:
         raise ValueError(
             f'{path}: its texts have {net.output_dim} numbers, the images of {name} '
