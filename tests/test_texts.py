@@ -326,3 +326,25 @@ def test_without_open_clip_the_other_ways_are_named(backbone, monkeypatch):
     bare = new_lora(4, 128, 2, n=2)
     with pytest.raises(ValueError, match=r'no, class names are read by way of: pip.*\(3\)'):
         recycle(backbone, bare)
+
+
+@pytest.mark.parametrize('words', [True, False])
+def test_the_words_of_siglip_come_with_its_weights(siglip, tmp_path, monkeypatch, words):
+    "Asked for on the hub, where the weights are; without them the image tower is read all the same."
+    siglip.save_pretrained(tmp_path)
+    if words:
+        write_words(tmp_path)
+
+    def fetch(repository, file):
+        assert repository == 'google/siglip-base-patch16-224'
+        if not (tmp_path / file).is_file():
+            raise OSError('404')
+        return str(tmp_path / file)
+
+    monkeypatch.setattr('huggingface_hub.hf_hub_download', fetch)
+    backbone = load_backbone('SigLIP-B-16', 'download')
+    if words:
+        assert read_text_tower(backbone).read(['a cat']).shape == (1, 64)
+    else:
+        with pytest.raises(FileNotFoundError, match='tokenizer.json is missing'):
+            read_text_tower(backbone)

@@ -19,7 +19,7 @@ import warnings
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -1078,6 +1078,15 @@ def _no_weights(name: str) -> str:
         f".pt, .pth, .bin){folder}, the published one is {model.url}{hub}; 'random' to test."
     )
 
+# %% ../../nbs/6_paper/01_models.ipynb #7d8ab2b8
+def _fetch_words(name: str) -> None:
+    "The words of SigLIP's text tower to where its weights are, if the hub has them."
+    from huggingface_hub import hf_hub_download
+
+    if MODELS[name].layout == 'siglip':
+        with suppress(OSError, ValueError):
+            hf_hub_download(MODELS[name].hub[0], 'tokenizer.json')
+
 
 def _fetched(name: str) -> Path:
     "The file of the model `name` from the Hugging Face hub, which keeps it."
@@ -1087,7 +1096,9 @@ def _fetched(name: str) -> Path:
         url = MODELS[name].url or 'it'
         raise ValueError(f'{name} is on no hub. Fetch {url} yourself and give its path as weights.')
     try:
-        return Path(hf_hub_download(*MODELS[name].hub))
+        path = Path(hf_hub_download(*MODELS[name].hub))
+        _fetch_words(name)
+        return path
     except (OSError, ValueError) as err:
         raise OSError(
             f'{"/".join(MODELS[name].hub)} could not be fetched ({_few([err])}). Without a '
