@@ -32,7 +32,7 @@ from lora_recycle.rivals.merge import MERGES, merge
 from lora_recycle.suite.episodes import draw_episodes
 from lora_recycle.suite.images import ImageSet
 from lora_recycle.suite.miniature import load_prior
-from lora_recycle.use import advice
+from lora_recycle.use import advice, names
 from lora_recycle.use.classifier import compare_loras, recycle
 
 SHAPE = cost.ViTShape('miniature', 36, 6, 32, 2, 2, 128)
@@ -243,6 +243,10 @@ def call_rest(there):
     advice.advise(there.market(), far, judge.images, judge.labels, **rest)
     compare_loras(far, {'plain': None, 'mine': loras[0]}, judge.images, judge.labels)
     advice.rate_advice(recycled.report['scores'], {advice.AVERAGE: 1.0})
+    bare = replace(loras, W=None, b=None)
+    assert 'has a text tower' in names.say_ways(bare, far)
+    how = dict(settings=TINY.chain, held_out=2, n_tasks=2, executor=Executor('here'))
+    recycle(far, bare, names=[list('abcde'), list('fghij')], **how)
 
 
 def test_every_public_function_runs_on_a_device_that_is_not_the_cpu(world):
