@@ -38,7 +38,7 @@ from lora_recycle.bench.tables import (
 )
 from lora_recycle.core import Cache
 from lora_recycle.jobs import Executor
-from lora_recycle.method.chain import Chain, Files, Recipe, Tuned
+from lora_recycle.method.chain import Chain, Files, Recipe, Tuned, cnn_prior
 from lora_recycle.paper import models
 from lora_recycle.paper import preflight as module
 from lora_recycle.paper.preflight import (
@@ -160,6 +160,23 @@ def check(found, table, methods, backbones):
 
 def count(log, kind, outcome='made'):
     return sum(k == kind and o == outcome for k, _, o, _ in log)
+
+
+def test_the_network_of_r_bn_is_torchvisions(tiny_weights, tmp_path):
+    "Nothing of it is left as it came, not even counters that old checkpoints lack; none is shared"
+    path = tiny_weights / 'resnet50.pth'
+    given = torch.load(path)
+    backbone = load_miniature()
+    nets = [cnn_prior('resnet50', path, backbone) for _ in range(2)]
+    for name, tensor in nets[0][1].state_dict().items():
+        assert torch.equal(tensor, given[name]), name
+    assert not any(p.requires_grad for p in nets[0].parameters()) and not nets[0][1].training
+    nets[0][1].fc.bias.zero_()
+    assert torch.equal(nets[1][1].fc.bias, given['fc.bias'])
+    old = {k: t for k, t in given.items() if not k.endswith('num_batches_tracked')}
+    torch.save(old, tmp_path / 'old.pth')
+    found = cnn_prior('resnet50', tmp_path / 'old.pth', backbone)[1].state_dict()
+    assert all(found[k].item() == 0 for k in given if k not in old)
 
 
 # ---- tiny models under the paper's names: the same path in seconds
