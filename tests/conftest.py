@@ -1,4 +1,4 @@
-"What holds for every test: Ctrl-C works, each of several test processes has a core, long ones begin first."
+"What holds for every test: Ctrl-C works, each test process has a core, long files begin first."
 
 import os
 import signal
