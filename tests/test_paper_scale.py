@@ -465,8 +465,8 @@ def test_a_table_at_paper_scale(sets, tmp_path, monkeypatch):
     "The whole ViT-B/16 and ResNet-50 at 224 pixels, a table in bfloat16, from files to page"
     layouts.trust(sets, monkeypatch)
     files = Files(str(sets), str(write_whole(tmp_path / 'weights')))
-    scale = alter(ALONE, invert=dict(steps=1, per_class=2))
-    scale = replace(scale, machine=replace(scale.machine, precision='bfloat16'))
+    scale = alter(ALONE, market=dict(n_loras=1), invert=dict(steps=1, per_class=2))
+    scale = replace(scale, n_tasks=2, machine=replace(scale.machine, precision='bfloat16'))
     place = Place(Cache(tmp_path / 'cache'), files=files)
     found = make('interpolation', scale, place, 'recycle', tmp_path / 'a')
     check(found, 'interpolation', 'recycle', ['ViT-B-16'])
@@ -476,7 +476,7 @@ def test_a_table_at_paper_scale(sets, tmp_path, monkeypatch):
     lora = chain.market().lora[:1]
     assert sum(t.numel() for t in lora.tensors().values()) > 147_456
     inverted = chain.images(Recipe())
-    assert inverted.images.shape == (2, 5, 2, 3, 224, 224)
+    assert inverted.images.shape == (1, 5, 2, 3, 224, 224)
     assert inverted.images.dtype == torch.uint8 and len(inverted.images.unique()) > 100
     assert inverted.loss.isfinite().all()
 
