@@ -437,7 +437,9 @@ def test_who_is_too_slow_for_the_hour_is_told_before(small, tmp_path, monkeypatc
 
 @pytest.mark.parametrize('stage', ['inversion', 'meta-training'])
 def test_the_estimate_of_a_stage_is_what_it_takes(stage):
-    "Within a quarter, in time of this process, on the miniature"
+    """In time of this process, on the miniature.
+
+    A wrong count or unit would be many times off; how near it comes is for an idle machine."""
     base = SCALES['smoke']
     scale = alter(
         replace(base, shots=(1,), machine=replace(base.machine, tune_chunk=0)),
@@ -455,7 +457,7 @@ def test_the_estimate_of_a_stage_is_what_it_takes(stage):
     for name in list(run)[: list(run).index(stage) + 1]:
         start = time.process_time()
         run[name]()
-    assert 0.75 < expected / (time.process_time() - start) < 1.25
+    assert 1 / 3 < expected / (time.process_time() - start) < 3
 
 
 # ---- the real model
