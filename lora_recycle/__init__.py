@@ -1,4 +1,4 @@
-"""Recycle a market of LoRAs into one: the names that most people need, each loaded when it is asked for."""
+"""Recycle a market of LoRAs into one: the names that most people need, loaded when asked for."""
 
 __version__ = "0.1.0"
 
