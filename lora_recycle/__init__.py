@@ -12,7 +12,7 @@ _DOOR = {
     'average': 'method.lora.average_products',
     'merge': 'rivals.merge.merge',
     'advise': 'use.advice.advise',
-    'recycle': 'use.classifier.recycle',
+    'recycle': 'use.recycling.recycle',
     'FewShotClassifier': 'use.classifier.FewShotClassifier',
     'compare': 'use.classifier.compare_loras',
 }

@@ -7,8 +7,9 @@ import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files that take longest, the longest first: with several test processes no one waits at the end.
-LONG = ('pipeline', 'paper_scale', 'figures', 'claims', 'exchange', 'classifier', 'jobs', 'page')
-LONG += ('baselines', 'photo', 'datasets', 'models', 'study', 'cost', 'reference', 'device')
+LONG = ('pipeline', 'paper_scale', 'figures', 'claims', 'exchange', 'recycle', 'jobs', 'page')
+LONG += ('classifier', 'baselines', 'photo', 'datasets', 'models', 'study', 'cost', 'reference')
+LONG += ('device',)
 
 
 def take_a_core():

@@ -33,7 +33,8 @@ from lora_recycle.suite.episodes import draw_episodes
 from lora_recycle.suite.images import ImageSet
 from lora_recycle.suite.miniature import load_prior
 from lora_recycle.use import advice, names
-from lora_recycle.use.classifier import compare_loras, recycle
+from lora_recycle.use.classifier import compare_loras
+from lora_recycle.use.recycling import recycle
 
 SHAPE = cost.ViTShape('miniature', 36, 6, 32, 2, 2, 128)
 

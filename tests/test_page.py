@@ -29,7 +29,8 @@ from PIL import Image
 
 from lora_recycle.use import page as page_module
 from lora_recycle.method.backbone import encode, normalise
-from lora_recycle.use.classifier import FewShotClassifier, recycle, save_meta_lora
+from lora_recycle.use.classifier import FewShotClassifier
+from lora_recycle.use.recycling import recycle, save_meta_lora
 from lora_recycle.core import generator
 from lora_recycle.use.exchange import read_market
 from lora_recycle.method.lora import new_lora

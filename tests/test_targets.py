@@ -33,7 +33,8 @@ from lora_recycle.rivals.finetune import (
 from lora_recycle.suite.episodes import draw_episodes
 from lora_recycle.suite.images import load_set
 from lora_recycle.suite.miniature import load_miniature
-from lora_recycle.use.classifier import FewShotClassifier, recycle
+from lora_recycle.use.classifier import FewShotClassifier
+from lora_recycle.use.recycling import recycle
 
 ALL_FOUR = ('q', 'k', 'v', 'out')
 PERCEPTRON = ('fc1', 'fc2')

@@ -27,9 +27,9 @@ from lora_recycle.paper.texts import read_text_tower
 from lora_recycle.rivals.text import text_logits
 from lora_recycle.suite.images import load_set
 from lora_recycle.suite.miniature import load_miniature
-from lora_recycle.use.classifier import check_market, recycle
 from lora_recycle.use.exchange import backbone_from_hf, read_market, write_adapter
 from lora_recycle.use.names import GivenNamed, check_names, name_heads
+from lora_recycle.use.recycling import check_market, recycle
 
 SENTENCES = ['a photo of a fish.', 'a photo of a very long-tailed bird, in the rain.']
 HERE = Executor('here')
