@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_int', 'check_choice', 'check_folder', 'digest', 'generator', 'plain', 'write_bytes', 'write_text', 'write_json',
-           'save_tensors', 'load_tensors', 'load_metadata', 'Cache', 'environment', 'check_parameters', 'send',
+           'save_tensors', 'load_tensors', 'load_metadata', 'Cache', 'environment', 'check_parameters', 'send', 'Adam',
            'project_folder']
 
 # %% ../nbs/00_core.ipynb #cf37fa3a
@@ -25,7 +25,7 @@ import shutil
 import subprocess
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from numbers import Integral
 from pathlib import Path
@@ -36,6 +36,7 @@ import safetensors.torch
 import torch
 from filelock import FileLock
 from torch import Tensor
+from torch.optim.adam import adam
 
 from . import __version__
 
@@ -562,6 +563,37 @@ def send(
     if leaves and torch.device(device).type == 'cuda':
         t = t.pin_memory()
     return t.to(device, non_blocking=leaves)
+
+# %% ../nbs/00_core.ipynb #3c90fbde
+class Adam:
+    "torch's Adam, step by step the same numbers, without loading torch's compiler."
+
+    def __init__(
+        self,
+        tensors: Iterable[Tensor],  # leaves that learn
+        lr: float,  # rate, above 0; may be set anew before any step
+        betas: tuple[float, float] = (0.9, 0.999),  # decay of both moments, in [0,1)
+    ):
+        self.tensors = list(tensors)
+        self.lr, self.betas = lr, betas
+        self.first, self.second = ([torch.zeros_like(t) for t in self.tensors] for _ in range(2))
+        self.steps = [torch.tensor(0.0) for _ in self.tensors]
+
+    def zero_grad(self):
+        "Forget the gradients."
+        for tensor in self.tensors:
+            tensor.grad = None
+
+    @torch.no_grad()
+    def step(self):
+        "Move each tensor that has a gradient."
+        state = (self.tensors, self.first, self.second, self.steps)
+        moved = [parts for parts in zip(*state) if parts[0].grad is not None]
+        tensors, first, second, steps = map(list, zip(*moved)) if moved else ([],) * 4
+        beta1, beta2 = self.betas
+        how = dict(lr=self.lr, beta1=beta1, beta2=beta2, eps=1e-8, weight_decay=0.0)
+        how |= dict(amsgrad=False, maximize=False)
+        adam(tensors, [t.grad for t in tensors], first, second, [], steps, **how)
 
 # %% ../nbs/00_core.ipynb #cc7c05b4
 def project_folder(

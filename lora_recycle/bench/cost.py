@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..core import check_choice, check_int, generator
+from ..core import Adam, check_choice, check_int, generator
 from ..method.backbone import Backbone, check_plan, normalise
 from ..method.distill import DistillConfig, Embedder, Task, augment, task_loss
 from lora_recycle.method.inversion import (
@@ -270,7 +270,7 @@ def meta_step(
         kept = kept.to(backbone.device).view(1, way, per, -1)
     lora = new_lora(backbone.layers, backbone.width, 4, gen)
     lora = lora.map(lambda t: t.to(backbone.device).requires_grad_())
-    opt = torch.optim.Adam(lora.tensors().values(), lr=config.lr)
+    opt = Adam(lora.tensors().values(), lr=config.lr)
 
     def step() -> Tensor:
         "One step."
@@ -363,7 +363,6 @@ def _report(target: str, calls: str, threads: str):
     torch.set_num_threads(int(threads))
     module, name = target.split(':')
     make = getattr(importlib.import_module(module), name)
-    torch.optim.Adam([torch.zeros(1, requires_grad=True)]).step()
     calls = ast.literal_eval(calls)
     for kwargs in calls:
         child = os.fork() if len(calls) > 1 else 0

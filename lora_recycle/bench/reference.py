@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cost import ViTShape, n_kept_patches, random_backbone, random_prior
-from ..core import check_int, generator
+from ..core import Adam, check_int, generator
 from ..method.backbone import Backbone, blank_dropped, check_plan, denormalise, normalise
 from ..method.distill import DistillConfig, augment, prototype_logits
 from lora_recycle.method.inversion import (
@@ -302,7 +302,7 @@ def plain_meta_step(
     images, keep = _draw_task(backbone, batch, sparsity, gen)
     lora = new_lora(backbone.layers, backbone.width, 4, gen)
     model = wrap_lora(backbone, lora.map(lambda t: t.to(backbone.device)))
-    opt = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.lr)
+    opt = Adam([p for p in model.parameters() if p.requires_grad], lr=config.lr)
     labels = torch.arange(way, device=backbone.device).repeat_interleave(per - shot)
 
     def step() -> Tensor:
@@ -373,7 +373,7 @@ def plain_tune(
     head = (torch.zeros(backbone.out_dim, way), torch.zeros(way))
     lora = LoRA(fresh.A, fresh.B, *head).map(lambda t: t.to(backbone.device))
     model = wrap_lora(backbone, lora)
-    opt = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.lr)
+    opt = Adam([p for p in model.parameters() if p.requires_grad], lr=config.lr)
     for _ in range(config.steps):
         rows = torch.randint(len(images), (config.batch,), generator=gen)
         logits = model.head(model(normalise(images[rows], backbone)))

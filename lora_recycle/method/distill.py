@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core import check_choice, check_int, send
+from ..core import Adam, check_choice, check_int, send
 from .backbone import Backbone, encode, normalise
 from .inversion import affine_view
 from .lora import LoRA, average_products, new_lora, only_layers, truncate_rank
@@ -386,14 +386,13 @@ def meta_train(
     backbone = teachers.backbone
     teachers = Embedder(backbone, teachers.lora.map(lambda t: t.to(backbone.device)))
     source = _lay_flat(pool, teachers, config, loss_of)
-    opt = torch.optim.Adam(learner.parameters, lr=config.lr)
+    opt = Adam(learner.parameters, config.lr)
     mixed = []
     found = torch.zeros(config.steps, 2, device=backbone.device)  # read when all steps are done
     for step in tqdm(range(config.steps), desc='meta-train', leave=False):
         task = _draw_task(source, backbone, config, gen)
         loss, accuracy = loss_of(learner.embedder(), teachers, task, config)
-        for group in opt.param_groups:
-            group['lr'] = rate_at(step, config)
+        opt.lr = rate_at(step, config)
         opt.zero_grad()
         loss.backward()
         opt.step()

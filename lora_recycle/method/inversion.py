@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core import check_choice, check_int, send
+from ..core import Adam, check_choice, check_int, send
 from lora_recycle.method.backbone import (
     RULES,
     Backbone,
@@ -283,7 +283,7 @@ class Canvas:
         self.pixels = x.to(backbone.device)  # [n,3,H,W], or [n,1,H,W] if there are two colours
         self.clamp_()
         self.pixels.requires_grad_()
-        self.opt = torch.optim.Adam([self.pixels], lr=config.lr, betas=(0.5, 0.99))
+        self.opt = Adam([self.pixels], config.lr, betas=(0.5, 0.99))
 
     @torch.no_grad()
     def clamp_(self):
@@ -476,7 +476,7 @@ def _descend(problem: InversionProblem, canvas: Canvas) -> BestImages:
     for step in tqdm(range(config.steps), desc=f'invert {M} LoRAs', leave=False):
         if config.decay:
             cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
-            canvas.opt.param_groups[0]['lr'] = config.lr * cosine
+            canvas.opt.lr = config.lr * cosine
         ratios = drops_at(step, config)
         for ratio in ratios:
             alive = drop_patches(problem, canvas.images(), alive, ratio)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core import check_int, generator, send
+from ..core import Adam, check_int, generator, send
 from .backbone import Backbone, encode, normalise
 from .lora import LoRA, new_lora, pack_lora, unpack_lora
 from ..suite.images import ImageSet
@@ -137,7 +137,7 @@ def tune_market(
     classes, train, held = (t[part] for t in private_data(data, config, seed))
     gen = generator(seed, 'tune', data.name)
     lora = _start_market(backbone, config, part, gen)
-    opt = torch.optim.Adam(lora.tensors().values(), lr=config.lr)
+    opt = Adam(lora.tensors().values(), lr=config.lr)
     size = (config.n_loras, config.batch)
     bar = tqdm(range(config.steps), desc=f'tune {lora.size} LoRAs on {data.name}', leave=False)
     for _ in bar:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core import check_int
+from ..core import Adam, check_int
 from ..method.backbone import Backbone, encode, normalise
 from lora_recycle.method.inversion import (
     BestImages,
@@ -103,7 +103,7 @@ class CmiConfig:
 
 # %% ../../nbs/4_rivals/03_cmi.ipynb #be0a426d
 class _Painter:
-    "A fresh generator and fresh codes for one batch, with their optimiser; `head` learns on."
+    "A fresh generator and fresh codes for one batch, with their optimisers; `head` learns on."
 
     def __init__(self, problem: InversionProblem, config: CmiConfig, head: nn.Module, gen):
         backbone = problem.backbone
@@ -112,9 +112,9 @@ class _Painter:
         codes = torch.randn(n, config.latent, generator=gen).to(backbone.device)
         self.net = net
         self.codes = codes.requires_grad_()
-        weights = dict(params=[*net.parameters(), *head.parameters()])
-        latent = dict(params=[self.codes], lr=config.lr_codes)
-        self.opt = torch.optim.Adam([weights, latent], lr=config.lr, betas=(0.5, 0.999))
+        weights = Adam([*net.parameters(), *head.parameters()], config.lr, betas=(0.5, 0.999))
+        latent = Adam([self.codes], config.lr_codes, betas=(0.5, 0.999))
+        self.optimisers = (weights, latent)
 
     def images(self) -> Tensor:
         "What it paints now, in [0,1], [n,3,side,side]."
@@ -148,9 +148,11 @@ def _paint(
             twin = encode(backbone, other, problem.teachers).features
             both = (head(seen.pop()), head(twin), head(bank))
             total = total + config.contrast * contrastive_loss(*both, config.temperature)
-        painter.opt.zero_grad()
+        for opt in painter.optimisers:
+            opt.zero_grad()
         total.backward()
-        painter.opt.step()
+        for opt in painter.optimisers:
+            opt.step()
     return best.images, best.loss.item()
 
 # %% ../../nbs/4_rivals/03_cmi.ipynb #3f120eef

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core import check_choice, check_int, send
+from ..core import Adam, check_choice, check_int, send
 from ..method.backbone import Backbone, encode, normalise
 from ..method.distill import DistillConfig, augment, draw_tasks, prototype_logits
 from ..method.lora import LoRA, pack_lora, unpack_lora
@@ -63,7 +63,7 @@ def descend(
 ) -> tuple[dict[str, Tensor], Tensor]:  # the tensors afterwards, and who diverged [T]
     "Gradient descent of T episodes at once; gradients of different ones never meet."
     tensors = {k: t.detach().clone().requires_grad_() for k, t in start.items()}
-    kind = torch.optim.SGD if config.optimiser == 'sgd' else torch.optim.Adam
+    kind = torch.optim.SGD if config.optimiser == 'sgd' else Adam
     opt = kind(tensors.values(), lr=config.lr)
     first = next(iter(tensors.values()))
     sound = torch.ones(len(first), dtype=torch.bool, device=first.device)
@@ -560,7 +560,7 @@ def meta_train_pmf(
     flat = pool.flatten(0, 2)
     truth = torch.arange(config.way, device=backbone.device).view(1, -1, 1)
     curve = torch.zeros(config.steps, device=backbone.device)  # read when all steps are done
-    opt = torch.optim.Adam([t for t in tensors.values() if t.requires_grad], lr=config.lr)
+    opt = Adam([t for t in tensors.values() if t.requires_grad], lr=config.lr)
     for step in tqdm(range(config.steps), desc='meta-train', leave=False):
         rows = draw_tasks(pool.shape[:3], config, mixed=True, gen=gen)[2]
         views = normalise(augment(flat[rows.flatten()].float() / 255, config, gen), backbone)
