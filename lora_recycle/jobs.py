@@ -6,6 +6,7 @@
 __all__ = ['EXECUTORS', 'Executor', 'JobError', 'worker_devices', 'Job', 'job_name', 'run_graph', 'count_workers', 'run_jobs']
 
 # %% ../nbs/01_jobs.ipynb #03f05199
+import gc
 import importlib.util
 import inspect
 import logging
@@ -15,6 +16,7 @@ import platform
 import queue
 import reprlib
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -27,6 +29,8 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from graphlib import TopologicalSorter
+from multiprocessing import Pipe, reduction
+from multiprocessing.connection import Connection
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -194,15 +198,21 @@ def _find_probe(probe: str):
 _OPEN = {}  # the context of this worker, by the pickle that it came in
 
 
+def _open_context(context: bytes):
+    "The context, read once."
+    if context not in _OPEN:
+        _OPEN.clear()
+        _OPEN[context] = pickle.loads(context)
+    return _OPEN[context]
+
+
 def _answer(context: bytes, job: bytes, device: str, probe: str) -> tuple[str, bytes]:
     "What a worker makes of a job: (traceback or '', pickle of the result)."
     try:
         _find_probe(probe)
-        if context not in _OPEN:
-            _OPEN.clear()
-            _OPEN[context] = pickle.loads(context)
+        found = _open_context(context)
         call, args = pickle.loads(job)
-        return '', pickle.dumps(_call(call, _OPEN[context], args, device))
+        return '', pickle.dumps(_call(call, found, args, device))
     except Exception:
         return traceback.format_exc(), b''
 
@@ -246,8 +256,8 @@ def _serve():
         answers.flush()
 
 # %% ../nbs/01_jobs.ipynb #3c172f78
-def _start(threads: int) -> subprocess.Popen:
-    "A new worker process with `threads` threads, which imports from where this one does."
+def _open_python(code: str, threads: int, **more) -> subprocess.Popen:
+    "A new Python with `threads` threads that runs `code` and imports from where this one does."
     env = {
         **os.environ,
         'PYTHONPATH': os.pathsep.join(sys.path),
@@ -255,13 +265,14 @@ def _start(threads: int) -> subprocess.Popen:
         'TQDM_DISABLE': '1',
     }
     # a session of its own: Ctrl-C is for us, and we end the workers
-    return subprocess.Popen(
-        [sys.executable, '-u', '-c', 'from lora_recycle.jobs import _serve; _serve()'],
-        env=env,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-    )
+    command = [sys.executable, '-u', '-c', f'from lora_recycle.jobs import {code}']
+    return subprocess.Popen(command, env=env, start_new_session=True, **more)
+
+
+def _start(threads: int) -> subprocess.Popen:
+    "A new worker process with `threads` threads."
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return _open_python('_serve; _serve()', threads, **pipes)
 
 # %% ../nbs/01_jobs.ipynb #e616d908
 def _ask(worker: subprocess.Popen, *messages) -> tuple[str, bytes] | None:
@@ -284,6 +295,122 @@ def _end(worker: subprocess.Popen) -> int:
     worker.kill()
     worker.stdout.close()
     return worker.wait()
+
+# %% ../nbs/01_jobs.ipynb #6b9eaab4
+def _fork(desk: Connection, threads: int) -> int:
+    "A worker on the two pipes that come through `desk`: the number of its process."
+    pipes = [reduction.recv_handle(desk) for _ in range(2)]
+    number = os.fork()
+    if number == 0:
+        desk.close()
+        for to, pipe in enumerate(pipes):
+            os.dup2(pipe, to)
+        torch.set_num_threads(threads)
+    for pipe in pipes:
+        os.close(pipe)
+    return number
+
+
+def _reap(number: int) -> tuple[int, int]:
+    "The process and its exit status if it has ended, else (0, 0)."
+    try:
+        return os.waitpid(number, os.WNOHANG)
+    except ChildProcessError:  # of a nursery before this one
+        return number, signal.SIGKILL
+
+
+def _nurse(handle: int):
+    "The life of a nursery: it forks a worker, or says whether one has ended, when asked."
+    desk = Connection(handle)
+    with suppress(Exception):  # a worker will say what is wrong with it
+        _open_context(desk.recv_bytes())
+    gc.freeze()
+    while True:
+        try:
+            what, number = desk.recv()
+        except EOFError:
+            os._exit(0)
+        if what == 'wait':
+            desk.send(_reap(number))
+        elif (born := _fork(desk, threads=number)) == 0:
+            return _serve()
+        else:
+            desk.send(born)
+
+# %% ../nbs/01_jobs.ipynb #9bb4a89d
+class _Nursery:
+    "A process that has imported what the jobs of `context` need, to be forked for each worker."
+
+    def __init__(self, context: bytes):
+        self.context = context
+        self.turn = threading.Lock()
+        self._open()
+
+    def _open(self):
+        self.desk, there = Pipe()
+        ends = dict(stdin=subprocess.DEVNULL, pass_fds=[there.fileno()])
+        self.process = _open_python(f'_nurse; _nurse({there.fileno()})', threads=1, **ends)
+        there.close()
+        self.desk.send_bytes(self.context)
+
+    def _ask(self, what: str, number: int, *pipes: int):
+        self.desk.send((what, number))
+        for pipe in pipes:
+            reduction.send_handle(self.desk, pipe, self.process.pid)
+        return self.desk.recv()
+
+    def fork(self, threads: int, *pipes: int) -> int:
+        "A worker that reads and writes these `pipes`: the number of its process."
+        with self.turn:
+            try:
+                return self._ask('fork', threads, *pipes)
+            except (OSError, EOFError):  # it was killed
+                self._open()
+                return self._ask('fork', threads, *pipes)
+
+    def look(self, pid: int) -> tuple[int, int]:
+        "The process and its exit status if it has ended, else (0, 0)."
+        with self.turn, suppress(OSError, EOFError):
+            return self._ask('wait', pid)
+        return pid, signal.SIGKILL
+
+    def close(self):
+        "The end of it, when its workers have ended."
+        self.desk.close()
+        self.process.wait()
+
+# %% ../nbs/01_jobs.ipynb #ef9f356b
+class _Forked:
+    "A worker out of a nursery; used like a `Popen`."
+
+    def __init__(self, nursery: _Nursery, threads: int):
+        read, stdin = os.pipe()
+        stdout, write = os.pipe()
+        self.stdin, self.stdout = os.fdopen(stdin, 'wb'), os.fdopen(stdout, 'rb')
+        self.code = None
+        self.nursery = nursery
+        self.pid = nursery.fork(threads, read, write)
+        for pipe in (read, write):
+            os.close(pipe)
+
+    def kill(self):
+        "End it, if it lives."
+        if self.code is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self, timeout: float = float('inf')) -> int:
+        "Its exit status, or minus the signal that killed it; TimeoutExpired after so many seconds."
+        end = time.monotonic() + timeout
+        while self.code is None:
+            pid, status = self.nursery.look(self.pid)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > end:
+                raise subprocess.TimeoutExpired('worker', timeout)
+            else:
+                time.sleep(0.01)
+        return self.code
 
 # %% ../nbs/01_jobs.ipynb #80076c90
 @dataclass(frozen=True)
@@ -345,10 +472,11 @@ def _on_processes(
     devices = worker_devices(device, executor.workers, _cores(), torch.cuda.device_count())
     threads = max(1, _cores() // len(devices))
     live = []
+    nursery = _Nursery(context) if device == 'cpu' and sys.platform == 'linux' else None
 
     def start():
         "A new worker."
-        live.append(_start(threads))
+        live.append(_Forked(nursery, threads) if nursery else _start(threads))
         return live[-1]
 
     pool = _Pool(agenda, jobs, queue.SimpleQueue(), start, executor.retries)
@@ -367,6 +495,8 @@ def _on_processes(
             for worker in live:
                 worker.kill()
             time.sleep(0.01)
+        if nursery:
+            nursery.close()
 
 # %% ../nbs/01_jobs.ipynb #04c14bbc
 def _check_head(address: str | None):

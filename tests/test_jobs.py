@@ -53,8 +53,10 @@ def begun_by(folder, numbers):
     return [pid for n in numbers for pid in errands.pids(folder, n)]
 
 
-def workers_of(pid):
-    return [p for p in psutil.Process(pid).children() if '_serve' in ' '.join(p.cmdline())]
+def helpers_of(pid):
+    "Nurseries and workers that the process `pid` began, whether forked or not"
+    of = psutil.Process(pid).children(recursive=True)
+    return [p for p in of if {'_nurse;', '_serve;'} & set(' '.join(p.cmdline()).split())]
 
 
 def test_results_come_in_order_from_workers_that_share_the_cores(tmp_path):
@@ -67,7 +69,7 @@ def test_results_come_in_order_from_workers_that_share_the_cores(tmp_path):
         len(ran) == 2
         and os.getpid() not in ran
         and all(map(gone, ran))
-        and not workers_of(os.getpid())
+        and not helpers_of(os.getpid())
     )
     assert {(threads, device) for *_, threads, device in found} == {
         (max(1, module._cores() // 2), 'cpu')
@@ -166,7 +168,7 @@ def test_a_killed_worker_costs_its_job_only(tmp_path):
     assert len(set(errands.pids(tmp_path, 2))) == 2  # a fresh worker
     assert on(tmp_path, errands.slow_two, executor=HERE_ALONE) == [0, 1, 4, 9, 16]  # from the cache
     assert [errands.times(tmp_path, n) for n in range(5)] == [1, 1, 2, 1, 1]
-    assert not list(tmp_path.glob('.seen*')) and not workers_of(os.getpid())
+    assert not list(tmp_path.glob('.seen*')) and not helpers_of(os.getpid())
 
 
 @pytest.mark.filterwarnings('ignore:.*lost its worker')
@@ -314,6 +316,34 @@ def same_bits(inverted, executor):
 
 def test_processes_give_the_same_bits(inverted):
     assert same_bits(inverted, Executor('processes', workers=max(2, module._cores())))
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='forked on Linux only')
+def test_workers_share_what_is_imported(tmp_path):
+    "One process imports; what its forks hold beyond it is less than half of what it holds"
+    with driver(tmp_path, TWO) as process:
+        ran = begun_by(tmp_path, (0, 1))
+        of = psutil.Process(process.pid).children()
+        assert len(of) == 1 and {p.pid for p in of[0].children()} == set(ran)
+        own = of[0].memory_full_info()
+        assert own.uss < own.rss / 2  # shared with the two
+        assert all(psutil.Process(pid).memory_full_info().uss < own.rss / 2 for pid in ran)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='forked on Linux only')
+def test_a_killed_nursery_costs_nothing(tmp_path):
+    "Its workers go on; the one that is lost afterwards comes from a new nursery"
+
+    def kill():
+        pids = begun_by(tmp_path, (1, 2))
+        psutil.Process(pids[-1]).parent().kill()
+        os.kill(pids[-1], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    assert on(tmp_path, errands.slow_two, shared=tmp_path) == [n * n for n in range(5)]
+    killer.join()
+    assert not helpers_of(os.getpid())
 
 
 def ray_head(port, folder):
