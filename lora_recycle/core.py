@@ -564,7 +564,7 @@ def send(
         t = t.pin_memory()
     return t.to(device, non_blocking=leaves)
 
-# %% ../nbs/00_core.ipynb #3c90fbde
+# %% ../nbs/00_core.ipynb #15cb9548
 class Adam:
     "torch's Adam, step by step the same numbers, without loading torch's compiler."
 
@@ -575,7 +575,8 @@ class Adam:
         betas: tuple[float, float] = (0.9, 0.999),  # decay of both moments, in [0,1)
     ):
         self.tensors = list(tensors)
-        self.lr, self.betas = lr, betas
+        self.lr = lr
+        self.betas = betas
         self.first, self.second = ([torch.zeros_like(t) for t in self.tensors] for _ in range(2))
         self.steps = [torch.tensor(0.0) for _ in self.tensors]
 

@@ -26,7 +26,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from graphlib import TopologicalSorter
 from multiprocessing import Pipe, reduction
@@ -296,7 +296,7 @@ def _end(worker: subprocess.Popen) -> int:
     worker.stdout.close()
     return worker.wait()
 
-# %% ../nbs/01_jobs.ipynb #6b9eaab4
+# %% ../nbs/01_jobs.ipynb #e620e9b4
 def _fork(desk: Connection, threads: int) -> int:
     "A worker on the two pipes that come through `desk`: the number of its process."
     pipes = [reduction.recv_handle(desk) for _ in range(2)]
@@ -318,7 +318,7 @@ def _reap(number: int) -> tuple[int, int]:
     except ChildProcessError:  # of a nursery before this one
         return number, signal.SIGKILL
 
-
+# %% ../nbs/01_jobs.ipynb #744e8260
 def _nurse(handle: int):
     "The life of a nursery: it forks a worker, or says whether one has ended, when asked."
     desk = Connection(handle)
@@ -337,21 +337,24 @@ def _nurse(handle: int):
         else:
             desk.send(born)
 
-# %% ../nbs/01_jobs.ipynb #9bb4a89d
+# %% ../nbs/01_jobs.ipynb #3cb68fff
+def _open_nursery(context: bytes) -> tuple[Connection, subprocess.Popen]:
+    "A new one, and the line on which it takes orders."
+    desk, there = Pipe()
+    ends = dict(stdin=subprocess.DEVNULL, pass_fds=[there.fileno()])
+    process = _open_python(f'_nurse; _nurse({there.fileno()})', threads=1, **ends)
+    there.close()
+    desk.send_bytes(context)
+    return desk, process
+
+
 class _Nursery:
     "A process that has imported what the jobs of `context` need, to be forked for each worker."
 
     def __init__(self, context: bytes):
         self.context = context
         self.turn = threading.Lock()
-        self._open()
-
-    def _open(self):
-        self.desk, there = Pipe()
-        ends = dict(stdin=subprocess.DEVNULL, pass_fds=[there.fileno()])
-        self.process = _open_python(f'_nurse; _nurse({there.fileno()})', threads=1, **ends)
-        there.close()
-        self.desk.send_bytes(self.context)
+        self.desk, self.process = _open_nursery(context)
 
     def _ask(self, what: str, number: int, *pipes: int):
         self.desk.send((what, number))
@@ -365,7 +368,7 @@ class _Nursery:
             try:
                 return self._ask('fork', threads, *pipes)
             except (OSError, EOFError):  # it was killed
-                self._open()
+                self.desk, self.process = _open_nursery(self.context)
                 return self._ask('fork', threads, *pipes)
 
     def look(self, pid: int) -> tuple[int, int]:
@@ -377,16 +380,18 @@ class _Nursery:
     def close(self):
         "The end of it, when its workers have ended."
         self.desk.close()
+        self.process.kill()
         self.process.wait()
 
-# %% ../nbs/01_jobs.ipynb #ef9f356b
+# %% ../nbs/01_jobs.ipynb #c1c9f7c4
 class _Forked:
     "A worker out of a nursery; used like a `Popen`."
 
     def __init__(self, nursery: _Nursery, threads: int):
         read, stdin = os.pipe()
         stdout, write = os.pipe()
-        self.stdin, self.stdout = os.fdopen(stdin, 'wb'), os.fdopen(stdout, 'rb')
+        self.stdin = os.fdopen(stdin, 'wb')
+        self.stdout = os.fdopen(stdout, 'rb')
         self.code = None
         self.nursery = nursery
         self.pid = nursery.fork(threads, read, write)
@@ -412,6 +417,19 @@ class _Forked:
                 time.sleep(0.01)
         return self.code
 
+# %% ../nbs/01_jobs.ipynb #a758590c
+@contextmanager
+def _find_start(context: bytes, device: str, threads: int) -> Iterator[Callable]:
+    "How a worker with `threads` threads is started: () -> worker."
+    if device != 'cpu' or sys.platform != 'linux':
+        yield partial(_start, threads)
+        return
+    nursery = _Nursery(context)
+    try:
+        yield partial(_Forked, nursery, threads)
+    finally:
+        nursery.close()
+
 # %% ../nbs/01_jobs.ipynb #80076c90
 @dataclass(frozen=True)
 class _Pool:
@@ -419,17 +437,24 @@ class _Pool:
 
     agenda: _Agenda
     jobs: list[bytes]  # (call, args) of each
-    events: queue.SimpleQueue  # of (number, 'begun' | exit status | answer); None: a thread ended
     start: Callable  # () -> a new worker process
     retries: int
+    events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+    # of (number, 'begun' | exit status | answer); None: a thread ended
+    live: list = field(default_factory=list)  # workers, ended ones too
 
+    def begin(self):
+        "A new worker."
+        self.live.append(self.start())
+        return self.live[-1]
 
+# %% ../nbs/01_jobs.ipynb #3898ce11
 def _try_job(pool: _Pool, worker, setup: tuple, number: int):
     "Ask workers about a job until one answers: (worker or None, answer)."
     pool.events.put((number, 'begun'))
     for attempt in range(pool.retries + 1):
         fresh = worker is None
-        worker = worker or pool.start()
+        worker = worker or pool.begin()
         answer = _ask(worker, *([setup] if fresh else []), pool.jobs[number])
         if answer or pool.agenda.stopped:
             return worker, answer
@@ -464,25 +489,10 @@ def _look_after(pool: _Pool, setup: tuple):
         pool.events.put(None)
 
 # %% ../nbs/01_jobs.ipynb #14831987
-def _on_processes(
-    context: bytes, agenda: _Agenda, jobs: list[bytes], executor: Executor, where: tuple
-) -> Iterator:
-    "Do the jobs in local processes: yields the events of the `_Pool`."
-    device, probe = where
-    devices = worker_devices(device, executor.workers, _cores(), torch.cuda.device_count())
-    threads = max(1, _cores() // len(devices))
-    live = []
-    nursery = _Nursery(context) if device == 'cpu' and sys.platform == 'linux' else None
-
-    def start():
-        "A new worker."
-        live.append(_Forked(nursery, threads) if nursery else _start(threads))
-        return live[-1]
-
-    pool = _Pool(agenda, jobs, queue.SimpleQueue(), start, executor.retries)
+def _keep(pool: _Pool, setups: list[tuple]) -> Iterator:
+    "Do the jobs in as many workers as there are `setups`: yields the events of the pool."
     keepers = [
-        threading.Thread(target=_look_after, args=(pool, (context, one, probe)), daemon=True)
-        for one in devices[: len(jobs)]
+        threading.Thread(target=_look_after, args=(pool, setup), daemon=True) for setup in setups
     ]
     try:
         for keeper in keepers:
@@ -490,13 +500,22 @@ def _on_processes(
         for _ in keepers:
             yield from iter(pool.events.get, None)
     finally:
-        agenda.stop()
+        pool.agenda.stop()
         while any(keeper.is_alive() for keeper in keepers):
-            for worker in live:
+            for worker in pool.live:
                 worker.kill()
             time.sleep(0.01)
-        if nursery:
-            nursery.close()
+
+# %% ../nbs/01_jobs.ipynb #f99474fb
+def _on_processes(
+    context: bytes, agenda: _Agenda, jobs: list[bytes], executor: Executor, where: tuple
+) -> Iterator:
+    "Do the jobs in local processes: yields the events of the `_Pool`."
+    device, probe = where
+    devices = worker_devices(device, executor.workers, _cores(), torch.cuda.device_count())
+    with _find_start(context, device, max(1, _cores() // len(devices))) as start:
+        pool = _Pool(agenda, jobs, start, executor.retries)
+        yield from _keep(pool, [(context, one, probe) for one in devices[: len(jobs)]])
 
 # %% ../nbs/01_jobs.ipynb #04c14bbc
 def _check_head(address: str | None):

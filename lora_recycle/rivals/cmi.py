@@ -120,6 +120,14 @@ class _Painter:
         "What it paints now, in [0,1], [n,3,side,side]."
         return self.net(self.codes)
 
+    def step(self, loss: Tensor):
+        "Learn from a loss []."
+        for opt in self.optimisers:
+            opt.zero_grad()
+        loss.backward()
+        for opt in self.optimisers:
+            opt.step()
+
 # %% ../../nbs/4_rivals/03_cmi.ipynb #84496b5c
 def _paint(
     problem: InversionProblem, config: CmiConfig, head: nn.Module, bank: Tensor, gen
@@ -148,11 +156,7 @@ def _paint(
             twin = encode(backbone, other, problem.teachers).features
             both = (head(seen.pop()), head(twin), head(bank))
             total = total + config.contrast * contrastive_loss(*both, config.temperature)
-        for opt in painter.optimisers:
-            opt.zero_grad()
-        total.backward()
-        for opt in painter.optimisers:
-            opt.step()
+        painter.step(total)
     return best.images, best.loss.item()
 
 # %% ../../nbs/4_rivals/03_cmi.ipynb #3f120eef
