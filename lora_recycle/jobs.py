@@ -296,7 +296,7 @@ def _end(worker: subprocess.Popen) -> int:
     worker.stdout.close()
     return worker.wait()
 
-# %% ../nbs/01_jobs.ipynb #e620e9b4
+# %% ../nbs/01_jobs.ipynb #706b55f6
 def _fork(desk: Connection, threads: int) -> int:
     "A worker on the two pipes that come through `desk`: the number of its process."
     pipes = [reduction.recv_handle(desk) for _ in range(2)]
@@ -318,7 +318,7 @@ def _reap(number: int) -> tuple[int, int]:
     except ChildProcessError:  # of a nursery before this one
         return number, signal.SIGKILL
 
-# %% ../nbs/01_jobs.ipynb #744e8260
+# %% ../nbs/01_jobs.ipynb #c293c1dc
 def _nurse(handle: int):
     "The life of a nursery: it forks a worker, or says whether one has ended, when asked."
     desk = Connection(handle)
@@ -337,7 +337,7 @@ def _nurse(handle: int):
         else:
             desk.send(born)
 
-# %% ../nbs/01_jobs.ipynb #3cb68fff
+# %% ../nbs/01_jobs.ipynb #b614e23d
 def _open_nursery(context: bytes) -> tuple[Connection, subprocess.Popen]:
     "A new one, and the line on which it takes orders."
     desk, there = Pipe()
@@ -347,7 +347,7 @@ def _open_nursery(context: bytes) -> tuple[Connection, subprocess.Popen]:
     desk.send_bytes(context)
     return desk, process
 
-
+# %% ../nbs/01_jobs.ipynb #a0bc43ec
 class _Nursery:
     "A process that has imported what the jobs of `context` need, to be forked for each worker."
 
@@ -383,7 +383,7 @@ class _Nursery:
         self.process.kill()
         self.process.wait()
 
-# %% ../nbs/01_jobs.ipynb #c1c9f7c4
+# %% ../nbs/01_jobs.ipynb #c3e4115c
 class _Forked:
     "A worker out of a nursery; used like a `Popen`."
 
@@ -417,7 +417,7 @@ class _Forked:
                 time.sleep(0.01)
         return self.code
 
-# %% ../nbs/01_jobs.ipynb #a758590c
+# %% ../nbs/01_jobs.ipynb #ec5ea8be
 @contextmanager
 def _find_start(context: bytes, device: str, threads: int) -> Iterator[Callable]:
     "How a worker with `threads` threads is started: () -> worker."
@@ -448,7 +448,7 @@ class _Pool:
         self.live.append(self.start())
         return self.live[-1]
 
-# %% ../nbs/01_jobs.ipynb #3898ce11
+# %% ../nbs/01_jobs.ipynb #fafe61dc
 def _try_job(pool: _Pool, worker, setup: tuple, number: int):
     "Ask workers about a job until one answers: (worker or None, answer)."
     pool.events.put((number, 'begun'))
@@ -506,7 +506,7 @@ def _keep(pool: _Pool, setups: list[tuple]) -> Iterator:
                 worker.kill()
             time.sleep(0.01)
 
-# %% ../nbs/01_jobs.ipynb #f99474fb
+# %% ../nbs/01_jobs.ipynb #a1dc7c9f
 def _on_processes(
     context: bytes, agenda: _Agenda, jobs: list[bytes], executor: Executor, where: tuple
 ) -> Iterator:
