@@ -201,6 +201,10 @@ def test_the_benchmark_runs_and_tells_what_moved(tmp_path):
         'embedding',
     } <= set(steps['title'])
     assert rows[rows['metric'].str.endswith('_difference')]['value'].max() < WITHIN
+    runs = rows[rows['title'].str.startswith('whole inversion')]
+    assert {'plain', 'ours, dense', 'ours, dropped', 'ours, {6: 0.75}'} <= set(runs['method'])
+    held = rows.pivot_table(index='method', columns='metric', values='value').loc['2 workers']
+    assert 0 < held['worker_share_mb'] < held['worker_mb']
     assert 'no rows were here before' in made.read_text()
 
 
