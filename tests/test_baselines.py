@@ -27,7 +27,7 @@ from lora_recycle.rivals.features import (
 from lora_recycle.core import generator
 from lora_recycle.suite.images import ImageSet, load_set
 from lora_recycle.method.distill import DistillConfig
-from lora_recycle.suite.episodes import draw_episodes
+from lora_recycle.suite.episodes import EpisodeSize, draw_episodes
 from lora_recycle.suite.evaluate import embed, nearest_prototype, right_answers
 from lora_recycle.rivals.finetune import (
     RATES,
@@ -111,7 +111,7 @@ def features(backbone, data):
 
 
 def few(data, n, way=5, shot=1, n_query=15):
-    return draw_episodes(data, 'test', n, way, shot, n_query)
+    return draw_episodes(data, 'test', n, EpisodeSize(way, shot, n_query))
 
 
 def shuffled(data, seed=0):

@@ -35,7 +35,7 @@ from lora_recycle.paper.datasets import (
     open_set,
     read_set,
 )
-from lora_recycle.suite.episodes import draw_episodes
+from lora_recycle.suite.episodes import EpisodeSize, draw_episodes
 from lora_recycle.suite.folders import (
     FileSet,
     check_images,
@@ -124,13 +124,13 @@ def test_label_belongs_to_image(root, name):
 def test_episodes_and_split(root, name):
     data = read_set(name, root)
     test = data.split('test')
-    episodes = draw_episodes(test, 'test', 3, way=5, shot=1, n_query=3)
+    episodes = draw_episodes(test, 'test', 3, EpisodeSize(5, 1, 3))
     assert set(test.labels.tolist()) == set(data.splits['test']) and test.splits['train'] == ()
     assert (test.labels[episodes.query] == episodes.classes[:, :, None]).all()
     assert test.images(episodes.support[0], side=8).shape == (5, 1, 3, 8, 8)
     assert torch.equal(load(test, side=8).images[:3], test.images(range(3), side=8))
     with pytest.raises(ValueError, match='has 4 images, but shot'):
-        draw_episodes(test, 'test', 1, way=5, shot=1, n_query=15)
+        draw_episodes(test, 'test', 1, EpisodeSize(5, 1))
 
 
 def test_torchvision_reads_the_same(root):
@@ -191,7 +191,7 @@ def test_collection(root):
         assert {s: [data.classes[c] for c in data.splits[s]] for s in SPLITS} == {
             s: [f'{s}_{c}' for c in range(5)] for s in SPLITS
         }
-        assert len(draw_episodes(data, 'val', 2, way=5, shot=1, n_query=3)) == 2
+        assert len(draw_episodes(data, 'val', 2, EpisodeSize(5, 1, 3))) == 2
 
 
 def test_collection_errors(tmp_path):
@@ -225,7 +225,7 @@ def test_images_are_read_when_asked(one, monkeypatch):
     data, opened = read_set('eurosat', one('eurosat')), []
     monkeypatch.setattr(folders, 'read_image', lambda path: opened.append(path) or read_image(path))
     data.split('test')
-    draw_episodes(data, 'test', 2, way=5, shot=1, n_query=3)
+    draw_episodes(data, 'test', 2, EpisodeSize(5, 1, 3))
     assert not opened
     data.images([3, 1])
     assert len(opened) == 2
@@ -990,7 +990,7 @@ BACKGROUND = 'BACKGROUND_Google'
 @pytest.mark.parametrize('shot', [1, 2, 3])
 def test_frames_of_a_film_are_not_on_both_sides(photos, shot):
     data = read_photos('gtsrb', photos, side=8)
-    tasks = draw_episodes(data, 'train', 20, 3, shot, 3)
+    tasks = draw_episodes(data, 'train', 20, EpisodeSize(3, shot, 3))
     assert (data.labels[tasks.query] == tasks.classes[:, :, None]).all()
     for support, query in zip(tasks.support.flatten(0, 1), tasks.query.flatten(0, 1)):
         assert len(support.unique()) == shot and len(query.unique()) == 3
@@ -1002,7 +1002,7 @@ def test_frames_of_a_film_are_not_on_both_sides(photos, shot):
 def test_too_few_films_are_told(photos):
     data = read_photos('gtsrb', photos, side=8)
     with pytest.raises(ValueError, match='8 frames of 4 films, too few for 1 supports and 7'):
-        draw_episodes(data, 'train', 1, 3, 1, 7)
+        draw_episodes(data, 'train', 1, EpisodeSize(3, 1, 7))
 
 
 @pytest.mark.parametrize('name', PHOTO_SETS)

@@ -29,7 +29,7 @@ from lora_recycle.method.chain import Chain, Recipe, Tuned, compute
 from lora_recycle.rivals.cmi import CmiConfig, invert_cmi
 from lora_recycle.rivals.finetune import HubConfig, TuneConfig, tune_lora
 from lora_recycle.rivals.merge import MERGES, merge
-from lora_recycle.suite.episodes import draw_episodes
+from lora_recycle.suite.episodes import EpisodeSize, draw_episodes
 from lora_recycle.suite.images import ImageSet
 from lora_recycle.suite.miniature import load_prior
 from lora_recycle.use import advice, names
@@ -133,7 +133,8 @@ HOST = re.compile(
     r'bench\.plots\.|suite\.(folders|glyphs|mobilenet)\.|use\.(calibration|exchange|inputs)\.'
     r'|paper\.models\.|suite\.miniature\.(build|load)_|suite\.evaluate\.interval'
     r'|method\.chain\.(cnn_prior|list_tune_inputs)|method\.backbone\.from_open_clip'
-    r'|use\.classifier\.(save|load)_meta_lora|bench\.tables\.price_table'
+    r'|use\.recycling\.(save|load)_meta_lora|use\.classifier\.check_made_for'
+    r'|bench\.tables\.price_table'
 )
 # of the notebook that trains the backbone for photos, which has run on a GPU
 PRETRAINING = re.compile(r'suite\.photo_backbone\.')
@@ -211,7 +212,7 @@ def step_all(there):
     config = replace(TINY.chain.invert, alpha_bn=0.0, two_colours=False, smooth_start=0)
     reference.plain_invert(far, lora_there, config, gen)
     model = reference.plain_tune(far, images, torch.arange(10) % 5, 5, TINY.chain.market, gen)
-    episodes = draw_episodes(make_set('x', '', 36, 0), 'test', 2, 5, 1, 2, 0)
+    episodes = draw_episodes(make_set('x', '', 36, 0), 'test', 2, EpisodeSize(5, 1, 2))
     reference.plain_evaluate(far, model, make_set('x', '', 36, 0).images, episodes)
 
 
@@ -326,7 +327,7 @@ def test_no_step_of_tuning_waits(world):
         market.tune_market(there.backbone, data, config)
         found.append(far.waits.total())
     assert found[0] == found[1], far.waits
-    episodes = draw_episodes(data.split('test'), 'test', 2, 5, 1, 2, 0)
+    episodes = draw_episodes(data.split('test'), 'test', 2, EpisodeSize(5, 1, 2))
     start = lora.new_lora(2, 32, 4, generator(0))
     found = []
     for steps in (2, 5):

@@ -12,7 +12,6 @@ from tools import ROOT, compute_stamp, list_imports, parse_cell, read_cells, rea
 
 PACKAGE = ROOT / 'lora_recycle'
 WIDTH, CELL_LINES, FUNCTION_LINES, SENTENCE, PARAMETERS = 100, 30, 45, 90, 6
-MORE = {'draw_episodes': 7}  # the five numbers that the field names an episode by, data and split
 MEGABYTES = 1
 
 
@@ -151,8 +150,7 @@ def test_functions_are_short_and_take_few_arguments(path):
         assert length <= FUNCTION_LINES, f'{node.name} has {length} lines'
         if is_public(node):
             n = len(name_arguments(node))
-            most = MORE.get(node.name, PARAMETERS)
-            assert n <= most, f'{node.name} takes {n} arguments; bundle some'
+            assert n <= PARAMETERS, f'{node.name} takes {n} arguments; bundle some'
 
 
 @each(MODULES)

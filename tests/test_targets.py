@@ -30,7 +30,7 @@ from lora_recycle.rivals.finetune import (
     tune_mole,
     tune_pmf,
 )
-from lora_recycle.suite.episodes import draw_episodes
+from lora_recycle.suite.episodes import EpisodeSize, draw_episodes
 from lora_recycle.suite.images import load_set
 from lora_recycle.suite.miniature import load_miniature
 from lora_recycle.use.classifier import FewShotClassifier
@@ -118,7 +118,7 @@ def test_the_digest_of_a_given_market_knows_its_targets(backbone):
 def test_rivals_tune_what_the_market_changes(backbone, targets):
     market = make_market(backbone, targets)
     data = load_set('greek', per_class=4)
-    episodes = draw_episodes(data, 'val', 2, 5, 1, 3)
+    episodes = draw_episodes(data, 'val', 2, EpisodeSize(5, 1, 3))
     given = backbone, data.images, episodes
     tune = TuneConfig(optimiser='adam', steps=2, lr=1e-3, batch=5)
     gen = lambda: generator(1, 'rivals')

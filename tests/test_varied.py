@@ -29,7 +29,8 @@ from lora_recycle.rivals.features import (
     zero_shot,
 )
 from lora_recycle.suite import episodes as module
-from lora_recycle.suite.episodes import Episodes, draw_episodes, draw_varied_episodes, list_problems
+from lora_recycle.suite.episodes import Episodes, EpisodeSize, draw_episodes
+from lora_recycle.suite.episodes import draw_varied_episodes, list_problems
 from lora_recycle.suite.evaluate import nearest_prototype, right_answers
 from lora_recycle.suite.images import ImageSet
 
@@ -117,7 +118,7 @@ def pad(t, size):
 def test_empty_places_change_no_answer():
     "Equal tasks with empty places beside them are answered as the tasks alone"
     data = make_set([20] * 9)
-    e = draw_episodes(data, 'test', 8, way=5, shot=3, n_query=4)
+    e = draw_episodes(data, 'test', 8, EpisodeSize(5, 3, 4))
     wide = Episodes(pad(e.support, (8, 7, 6)), pad(e.query, (8, 7, 5)), pad(e.classes, (8, 7)))
     assert wide.varied and not e.varied
     x = torch.randn(len(data.labels), 16, generator=generator(0)) + data.labels[:, None] * 0.3

@@ -25,7 +25,7 @@ from lora_recycle.rivals.text import (
     tune_named,
     with_texts,
 )
-from lora_recycle.suite.episodes import draw_episodes
+from lora_recycle.suite.episodes import EpisodeSize, draw_episodes
 from lora_recycle.suite.evaluate import embed_used
 from lora_recycle.suite.images import ImageSet, load_set
 from lora_recycle.suite.miniature import load_clip, load_miniature, tokenise
@@ -256,7 +256,7 @@ def predict_names(run, data, episodes, prompt=True):
 
 def test_the_support_is_not_looked_at(run):
     data = load_set('digits')
-    episodes = draw_episodes(data, 'test', 6, 5, 1)
+    episodes = draw_episodes(data, 'test', 6, EpisodeSize(5, 1))
     same = predict_names(run, data, episodes)
     blank = replace(
         data,
@@ -296,7 +296,7 @@ def test_names_of_latin_letters_are_found(run):
         ),
     )
     turned = replace(named, classes=named.classes[5:] + named.classes[:5])
-    episodes = draw_episodes(data, 'test', 50, 5, 1)
+    episodes = draw_episodes(data, 'test', 50, EpisodeSize(5, 1))
     right = [
         (predict_names(run, d, episodes) == torch.arange(5).view(1, 5, 1)).float().mean()
         for d in (named, turned)

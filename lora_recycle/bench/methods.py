@@ -64,7 +64,8 @@ from lora_recycle.rivals.finetune import (
 )
 from ..rivals.merge import MergeGrid, choose_merge, merge
 from ..rivals.text import hub_named, mole_named, name_texts
-from ..suite.episodes import SAMPLERS, Episodes, draw_episodes, draw_varied_episodes
+from ..suite.episodes import SAMPLERS, Episodes, EpisodeSize, draw_episodes
+from ..suite.episodes import draw_varied_episodes
 from lora_recycle.suite.evaluate import (
     embed,
     embed_used,
@@ -336,7 +337,8 @@ def plan_merge(
     "How to merge the chain's market, by validation classes of its sources."
     each = max(1, grid.n_tasks // len(chain.sources))
     sets = [chain.open(source).split('val') for source in chain.sources]
-    asked = [draw_episodes(v, 'val', each, way, 1, grid.n_query, chain.seed) for v in sets]
+    size = EpisodeSize(way, 1, grid.n_query)
+    asked = [draw_episodes(v, 'val', each, size, chain.seed) for v in sets]
 
     def score(lora):
         "Right answers on all sets."
@@ -465,8 +467,8 @@ def predict_tip(
 ) -> Tensor:  # [T,way,n_query]
     "Tip-Adapter, alpha and beta chosen on meta-validation classes of the first source."
     val = chain.open(chain.sources[0]).split('val')
-    n_query = min(10, exam.read('n_query'))
-    asked = draw_episodes(val, 'val', 60, exam.read('way'), exam.shot, n_query, chain.seed)
+    size = EpisodeSize(exam.read('way'), exam.shot, min(10, exam.read('n_query')))
+    asked = draw_episodes(val, 'val', 60, size, chain.seed)
     texts = name_texts(chain, val, False)
     chosen = choose_tip(embed_used(chain.backbone, val.images, asked), asked, texts)
     texts = name_texts(chain, exam.data, False)
@@ -550,13 +552,12 @@ def choose_validated(
 ) -> float:
     "The rate that is best on meta-validation classes of the chain's sources."
     each = max(2, exam.read('n_val') // len(chain.sources))
-    way = exam.read('way')
-    n_query = exam.read('n_query')
+    size = EpisodeSize(exam.read('way'), exam.shot, exam.read('n_query'))
 
     def tune_part(source: str, rate: float) -> TunedEpisodes:
         "Tune on the episodes of one set."
         data = chain.open(source).split('val')
-        episodes = draw_episodes(data, 'val', each, way, exam.shot, n_query, chain.seed)
+        episodes = draw_episodes(data, 'val', each, size, chain.seed)
         gen = generator(chain.seed, tuning.stream, source, exam.shot, 'val')
         config = replace(tuning.config(exam.read('tune')), lr=rate)
         return tuner(chain, Lesson(data.images, episodes, config, exam.shot, gen))
@@ -667,8 +668,9 @@ def _ask_validation(chain: Chain, exam: Exam, n_tasks: int) -> list[tuple]:
         least = counts.min().item() if way > 1 else 0
         n_query = min(exam.read('n_query'), least - exam.shot)
         if n_query > 0:
-            given = (n_tasks // len(chain.sources) + 1, way, exam.shot, n_query, chain.seed)
-            found.append((val, draw_episodes(val, 'val', *given)))
+            size = EpisodeSize(way, exam.shot, n_query)
+            n = n_tasks // len(chain.sources) + 1
+            found.append((val, draw_episodes(val, 'val', n, size, chain.seed)))
     return found
 
 # %% ../../nbs/5_bench/03_methods.ipynb #babfc264
@@ -1111,8 +1113,8 @@ def _draw(cell: Cell, data: ImageSet) -> Episodes:
     "The episodes of a cell; ValueError for a method that cannot take those that vary."
     seed = cell.chain.seed
     if check_choice('sampler', cell.scale.sampler, SAMPLERS) == 'equal':
-        sizes = (cell.n, cell.scale.way, max(cell.shot, 1), cell.scale.n_query)
-        return draw_episodes(data, cell.split, *sizes, seed)
+        size = EpisodeSize(cell.scale.way, max(cell.shot, 1), cell.scale.n_query)
+        return draw_episodes(data, cell.split, cell.n, size, seed)
     if not cell.method.takes_varied:
         raise ValueError(
             f'method {cell.method.id!r} cannot take tasks whose ways and shots vary; '

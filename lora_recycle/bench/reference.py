@@ -27,7 +27,7 @@ from lora_recycle.method.inversion import (
 )
 from ..method.lora import LoRA, new_lora
 from ..method.market import MarketConfig
-from ..suite.episodes import Episodes, draw_episodes
+from ..suite.episodes import Episodes, EpisodeSize, draw_episodes
 from ..suite.evaluate import nearest_prototype
 from ..suite.images import ImageSet
 
@@ -440,5 +440,5 @@ def solve_step(
     images = torch.zeros(1200, 3, 1, 1, dtype=torch.uint8)
     data = ImageSet('noise', images, torch.arange(60).repeat_interleave(20), names, splits)
     features = torch.randn(1200, width, generator=gen).to(device)
-    draw = lambda: draw_episodes(data, 'test', episodes, way, shot, seed=seed)
+    draw = lambda: draw_episodes(data, 'test', episodes, EpisodeSize(way, shot), seed)
     return lambda: nearest_prototype(features, draw())

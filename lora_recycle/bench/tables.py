@@ -101,6 +101,7 @@ from lora_recycle.suite.episodes import (
     MOST_WAYS,
     SAMPLERS,
     Episodes,
+    EpisodeSize,
     draw_episodes,
 )
 from ..suite.evaluate import embed, interval, nearest_prototype
@@ -594,7 +595,8 @@ def answer_every_class(
 
     def make():
         "Answer one episode of all classes."
-        episodes = draw_episodes(data, cell.split, 1, way, 1, cell.scale.n_query, chain.seed)
+        size = EpisodeSize(way, 1, cell.scale.n_query)
+        episodes = draw_episodes(data, cell.split, 1, size, chain.seed)
         guess = cell.method.predict(chain, Exam(data, episodes, 0, cell.sizes))[0]
         return dict(right=(guess == torch.arange(way)[:, None]).double().mean(1))
 

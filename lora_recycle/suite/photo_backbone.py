@@ -28,7 +28,7 @@ from lora_recycle.core import (
     save_tensors,
 )
 from ..method.backbone import Backbone, encode_tokens, normalise
-from .episodes import draw_episodes
+from .episodes import EpisodeSize, draw_episodes
 from .evaluate import embed, interval, nearest_prototype, right_answers
 from .images import ImageSet
 
@@ -554,7 +554,8 @@ def measure_photo(
         n_query = min(15, fewest - shot)
         if n_query > 0:
             way = min(5, len(data.splits['test']))
-            episodes = draw_episodes(data, 'test', n_tasks, way, shot, n_query, seed)
+            size = EpisodeSize(way, shot, n_query)
+            episodes = draw_episodes(data, 'test', n_tasks, size, seed)
             right = right_answers(nearest_prototype(features, episodes))
             found[f'{shot}-shot'] = round(interval(100 * right / (way * n_query))[0], 2)
     return found

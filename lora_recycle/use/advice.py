@@ -17,7 +17,7 @@ from ..core import check_int
 from ..method.backbone import Backbone
 from ..method.lora import LoRA, average_products
 from ..rivals.merge import MergeGrid, choose_merge
-from ..suite.episodes import draw_episodes
+from ..suite.episodes import EpisodeSize, draw_episodes
 from ..suite.evaluate import embed, interval, nearest_prototype, right_answers
 from ..suite.images import ImageSet
 from .inputs import gather_images, gather_labels, number_images
@@ -77,8 +77,8 @@ def _draw_tasks(data: ImageSet, trial: Trial):
             f'{trial.shot + 1}: one to be asked. Give more images, or a smaller shot'
         )
     way = min(trial.way, len(data.classes))
-    size = (trial.n_tasks, way, trial.shot, fewest - trial.shot)
-    return draw_episodes(data, 'test', *size, trial.seed)
+    size = EpisodeSize(way, trial.shot, fewest - trial.shot)
+    return draw_episodes(data, 'test', trial.n_tasks, size, trial.seed)
 
 
 def _answer(backbone: Backbone, lora: LoRA | None, data: ImageSet, episodes) -> Tensor:

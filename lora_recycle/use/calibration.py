@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..suite.episodes import draw_episodes
+from ..suite.episodes import EpisodeSize, draw_episodes
 from ..suite.images import ImageSet
 
 # %% ../../nbs/2_use/00_calibration.ipynb #5137b310
@@ -120,7 +120,7 @@ def list_tasks(
     seed: int = 0,  # 0 or more
 ) -> list[FewShotTask]:
     "Episodes to try temperatures and thresholds on; every seventh other image is a stranger."
-    episodes = draw_episodes(data, 'test', n_tasks, 5, shot, 10, seed)
+    episodes = draw_episodes(data, 'test', n_tasks, EpisodeSize(5, shot, 10), seed)
     found = []
     for support, query, classes in zip(episodes.support, episodes.query, episodes.classes):
         f = features[support]

@@ -31,7 +31,7 @@ from torch import Tensor
 from ..core import check_choice, check_int
 from ..method.backbone import Backbone, blank_dropped, encode, normalise
 from ..method.lora import LoRA, average_products
-from ..suite.episodes import draw_episodes
+from ..suite.episodes import EpisodeSize, draw_episodes
 from ..suite.evaluate import embed
 from ..suite.images import ImageSet, keep_for, load_set
 from ..suite.miniature import PHOTO, load_miniature
@@ -276,8 +276,8 @@ def example(
     "A request made of one episode of the shipped photos or of an embedded set."
     check_choice('name', name, EXAMPLES)
     data = _read_photos() if name == 'photos' else load_set(name, 12).split('test')
-    way = min(way, len(data.splits['test']))
-    episode = draw_episodes(data, 'test', 1, way, shot, n_query, seed)
+    size = EpisodeSize(min(way, len(data.splits['test'])), shot, n_query)
+    episode = draw_episodes(data, 'test', 1, size, seed)
 
     def image(row):
         "The image in `row` as if it had been dropped."
