@@ -23,8 +23,18 @@ def test_the_study_runs(tmp_path):
     assert 'papermill nbs/study.ipynb' in record['command'] and (out / 'gains.png').is_file()
 
 
-@pytest.mark.parametrize('name, value', [('scale', 'paper'), ('source', 'hebrew'), ('shot', 0)])
+WRONG = [('scale', 'paper'), ('source', 'hebrew'), ('shot', 0), ('axes', 'steps|ranks')]
+
+
+@pytest.mark.parametrize('name, value', WRONG)
 def test_it_refuses_before_any_work(tmp_path, name, value):
     given = dict(out_dir=str(tmp_path), cache_dir=str(tmp_path)) | {name: value}
     with pytest.raises(ValueError, match=name):
         run_cells('study.ipynb', "check_folder('out_dir'", **given)
+
+
+def test_photos_have_their_own_set_and_axes(tmp_path):
+    given = dict(scale='photos', axes='rank|sets', out_dir=str(tmp_path), cache_dir=str(tmp_path))
+    names = run_cells('study.ipynb', 'len(plan)', **given)
+    assert names['own'].name == 'gtsrb' and names['own'].backbone.name == 'miniature-photo'
+    assert len(names['several'].sources) == 4 and len(names['plan']) == 2 * 3 + 2
