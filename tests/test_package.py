@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import itertools
 import json
 import re
 import shlex
@@ -347,6 +348,9 @@ def test_what_ships_says_how_it_was_made():
         check_command(record['command'])
 
 
+SHOWN = ('nn', 'average-factors', 'average', 'recycle', 'recycle-average')
+
+
 def test_the_numbers_in_the_readme_are_those_of_the_results():
     "Every cell of README's table of results: the mean of four glyph sets, then photos."
     from lora_recycle.bench.results import pivot_rows, read_rows
@@ -355,13 +359,44 @@ def test_the_numbers_in_the_readme_are_those_of_the_results():
         pivot_rows(read_rows(ROOT / 'results' / folder))[0]
         for folder in ('in_domain', 'photos/in_domain')
     )
-    ids = ('nn', 'average-factors', 'average', 'recycle', 'recycle-average')
     columns = [('average', '1-shot'), ('average', '5-shot')]
     shown = [(name, '1-shot') for name in ('gtsrb', 'omniglot', 'caltech101', 'tiny-imagenet')]
     section = (ROOT / 'README.md').read_text(encoding='utf-8').split('\n## Results')[1]
     table = re.search(r'\n\| ---.*?\n(.*?)\n\n', section, re.DOTALL)[1]
     lines = [[c.strip(' *') for c in x.strip('|').split('|')] for x in table.splitlines()]
-    assert len(lines) == len(ids)
-    for method, (_, *cells) in zip(ids, lines):
+    assert len(lines) == len(SHOWN)
+    for method, (_, *cells) in zip(SHOWN, lines):
         found = [*glyphs.loc[method, columns], *photos.loc[method, shown]]
         assert cells == [f'{v:.2f}' for v in found]
+
+
+def list_gains(folder, column):
+    "All differences between two methods of a table of results at 1 shot, in points, as printed."
+    from lora_recycle.bench.results import pivot_rows, read_rows
+
+    table = pivot_rows(read_rows(ROOT / 'results' / folder))[0]
+    names = [m for m in (*SHOWN, 'recycle-real', 'recycle-noise') if m in table.index]
+    values = table.loc[names, (column, '1-shot')]
+    return {f'{abs(a - b):.1f}' for a, b in itertools.combinations(values, 2)}
+
+
+def test_the_gains_in_the_readme_are_those_of_the_results():
+    "Every decimal number of `What we found`."
+    page = (ROOT / 'README.md').read_text(encoding='utf-8')
+    section = page.split('\n## What we found')[1].split('\n## ')[0]
+    bullets = re.findall(r'^- .*(?:\n  .*)*', section, re.MULTILINE)
+    photos = ('photos/in_domain', 'photos/bounds/in_domain')
+    both = set.union(*(list_gains(folder, 'average') for folder in ('in_domain', *photos)))
+    tiny = list_gains('photos/in_domain', 'tiny-imagenet')
+    for bullet in bullets:
+        known = tiny if 'Tiny-ImageNet' in bullet else both
+        wrong = set(re.findall(r'\d+\.\d', bullet)) - known
+        assert not wrong, f'{sorted(wrong)} are no differences in results: {bullet}'
+
+
+def test_the_count_of_claims_in_the_readme_is_that_of_the_results():
+    page = (ROOT / 'README.md').read_text(encoding='utf-8')
+    line = next(x for x in page.splitlines() if '](results/claims/table.md)' in x)
+    judged = (ROOT / 'results/claims/table.md').read_text(encoding='utf-8').split('\n## ')[0]
+    wrong = set(re.findall(r'\d+', line)) - set(re.findall(r'\d+', judged.split('| claim')[0]))
+    assert not wrong, f'results/claims/table.md does not say {sorted(wrong)}'
