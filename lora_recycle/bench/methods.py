@@ -1017,6 +1017,10 @@ _ABLATIONS |= {
     for alpha in (0.0, 0.002, 0.2)
 }
 _ABLATIONS |= {
+    f'-bn-every-{k}': (f', R_BN every {k} steps', _change(('invert', 'bn_every', k)))
+    for k in (2, 4)
+}
+_ABLATIONS |= {
     f'-loras-{n}': (f', {n} LoRAs', _change(('market', 'n_loras', 100), n_loras=n))
     for n in MARKET_SIZES
 }

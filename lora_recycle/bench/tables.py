@@ -794,7 +794,10 @@ TABLES = dict(
     meta_dataset=make_duel('All sets', list_shared_columns(_ALL_SETS), ('mole', 'lorahub')),
     zero_shot=make_zero_shot_table(),
     backbones=make_duel('Backbones', _CYRILLIC, ('lorahub',), backbones=tuple(MINIATURES)),
-    alpha=make_ablation('Weight of R_BN', ('-alpha-0', '-alpha-0.002', '-alpha-0.2')),
+    alpha=make_ablation(
+        'Weight of R_BN',
+        ('-alpha-0', '-alpha-0.002', '-alpha-0.2', '-bn-every-2', '-bn-every-4'),
+    ),
     objective=make_ablation('Objective', ('-no-mix', '-mixed-only', '-plain-distillation')),
     data=make_ablation('Images', ('-real', '-other', '-noise')),
     patches=make_patch_table(),
