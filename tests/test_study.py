@@ -18,6 +18,7 @@ def test_the_study_runs(tmp_path):
     untuned = frame[(frame['axis'] == 'rank') & (frame['pool'] == 'real')]
     assert untuned['average'].nunique() == 1, 'the rank of the result does not change the market'
     said = (out / 'table.md').read_text()
+    assert said.count('\n| ') == 2 + len(frame) and '![gains](gains.png)' in said
     assert 'of 11 recipes lie surely above the average' in said
     record = json.loads((out / 'run.json').read_text())
     assert 'papermill nbs/study.ipynb' in record['command'] and (out / 'gains.png').is_file()
