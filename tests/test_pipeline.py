@@ -204,8 +204,11 @@ def begin(folder, **parameters):
 
 
 def list_workers(process):
+    "Workers; on Linux they are forked from a nursery, and what it is called they are called"
     children = psutil.Process(process.pid).children(recursive=True)
-    return [p for p in children if '_serve' in ' '.join(p.cmdline())]
+    named = lambda p: ' '.join(p.cmdline())
+    forked = [p for p in children if '_nurse' in named(p) and '_nurse' in named(p.parent())]
+    return forked or [p for p in children if '_serve' in named(p)]
 
 
 def test_a_killed_worker_costs_its_job_only(tmp_path, small):

@@ -535,11 +535,24 @@ _DAMAGED = (
 )
 
 
+def _check_members(archive: Path, folder: Path) -> None:
+    "TarError unless a tar holds files and folders below `folder` only."
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            inside = (folder / member.name).resolve().is_relative_to(folder.resolve())
+            if not (inside and (member.isfile() or member.isdir())):
+                raise tarfile.TarError(f'{member.name!r} is no file or folder below {folder}')
+
+
 def _unpack(archive: Path, folder: Path) -> None:
     "Unpack a zip or tar; members that point outside `folder` are refused."
-    is_tar = archive.suffix != '.zip' and hasattr(tarfile, 'data_filter')
+    is_tar = archive.suffix != '.zip'
+    filters = hasattr(tarfile, 'data_filter')  # not before Python 3.10.12 and 3.11.4
     try:
-        shutil.unpack_archive(archive, folder, **(dict(filter='data') if is_tar else {}))
+        if is_tar and not filters:
+            _check_members(archive, folder)
+        how = dict(filter='data') if is_tar and filters else {}
+        shutil.unpack_archive(archive, folder, **how)
     except _DAMAGED as err:
         reason = f'{type(err).__name__}: {err}'
         raise ValueError(
