@@ -56,6 +56,7 @@ def begun_by(folder, numbers):
 def helpers_of(pid):
     "Nurseries and workers that the process `pid` began, whether forked or not"
     of = psutil.Process(pid).children(recursive=True)
+    of = [p for p in of if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     return [p for p in of if {'_nurse;', '_serve;'} & set(' '.join(p.cmdline()).split())]
 
 
