@@ -368,6 +368,7 @@ class _Nursery:
             try:
                 return self._ask('fork', threads, *pipes)
             except (OSError, EOFError):  # it was killed
+                self.close()
                 self.desk, self.process = _open_nursery(self.context)
                 return self._ask('fork', threads, *pipes)
 
@@ -378,7 +379,7 @@ class _Nursery:
         return pid, signal.SIGKILL
 
     def close(self):
-        "The end of it, when its workers have ended."
+        "The end of it; workers that are left have the end of their input to go by."
         self.desk.close()
         self.process.kill()
         self.process.wait()
