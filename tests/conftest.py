@@ -7,9 +7,9 @@ import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files that take longest, the longest first: with several test processes no one waits at the end.
-LONG = ('pipeline', 'paper_scale', 'figures', 'claims', 'exchange', 'recycle', 'jobs', 'page')
-LONG += ('classifier', 'baselines', 'photo', 'datasets', 'models', 'study', 'cost', 'reference')
-LONG += ('device',)
+LONG = ('pipeline', 'paper_scale', 'baselines', 'claims', 'recycle', 'device', 'jobs', 'page')
+LONG += ('exchange', 'figures', 'reference', 'cost', 'zero_shot', 'models', 'datasets', 'sources')
+LONG += ('method', 'package')
 
 
 def take_a_core():

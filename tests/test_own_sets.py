@@ -4,10 +4,11 @@ import json
 import pickle
 
 import layouts
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from scipy.io import savemat
-from tools import papermill
+from tools import run_cells
 from torchvision.datasets import CIFAR10
 
 from lora_recycle.bench.methods import SCALES
@@ -295,7 +296,8 @@ def test_a_table_of_ones_own_folders_in_one_command(tmp_path):
     given = dict(sources='mine:train', targets='other:test', data_dir=tmp_path, scale='smoke')
     given |= dict(backbone='miniature', methods='nn|average', shots='1|5', executor='here')
     given |= dict(out_dir=tmp_path / 'out', cache_dir=tmp_path / 'cache')
-    papermill('run_table.ipynb', tmp_path / 'run.ipynb', **given)
+    run_cells('run_table.ipynb', **given)
+    plt.close('all')
     folder = tmp_path / 'out' / 'in_domain'
     rows = read_rows(folder)
     assert set(rows['dataset']) == {'other:test'} and set(rows['shot']) == {1, 5}

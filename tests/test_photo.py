@@ -5,10 +5,11 @@ import json
 import shutil
 import zipfile
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from layouts import make_photos
-from tools import papermill
+from tools import run_cells
 from torch import nn
 
 from lora_recycle import load_backbone
@@ -136,7 +137,8 @@ def test_the_weights_are_rebuilt_from_published_files(tmp_path, monkeypatch):
     tiny = dict(steps=2, batch=4, per_class=1, width=64, layers=1, n_tasks=4, n_measured=2)
     where = dict(data_dir=tmp_path / 'data', work_dir=tmp_path / 'work', assets_dir=tmp_path)
     where['wheel'] = write_weights(tmp_path, random_mobilenet())
-    papermill('pretrain_photo.ipynb', tmp_path / 'out.ipynb', **tiny, **where)
+    run_cells('pretrain_photo.ipynb', **tiny, **where)
+    plt.close('all')
     first = json.loads((tmp_path / PHOTO / 'manifest.json').read_text())
     assert first['n_images'] == 140 and first['views'] == 8
     assert 'gtsrb' in first['accuracy']['shipped']

@@ -3,9 +3,10 @@
 import json
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
-from tools import papermill
+from tools import run_cells
 
 from lora_recycle.bench.methods import METHODS, SCALES, Cell, Exam, answer_cell, choose_votes
 from lora_recycle.bench.results import episode_key, read_episodes, read_rows, write_episodes
@@ -193,7 +194,8 @@ def test_a_table_in_one_command_and_again(tmp_path):
     given = dict(table='together', methods='nn|bdcspn', sampler='meta', scale='smoke')
     given |= dict(executor='here', targets='digits', backbone='miniature')
     given |= dict(out_dir=tmp_path / 'out', cache_dir=tmp_path / 'cache')
-    papermill('run_table.ipynb', tmp_path / 'run.ipynb', **given)
+    run_cells('run_table.ipynb', **given)
+    plt.close('all')
     folder = tmp_path / 'out' / 'together'
     rows = read_rows(folder)
     assert rows['way'].isna().all() and len(rows) == 2

@@ -158,6 +158,7 @@ def papermill(notebook, target, **parameters):
 def run_cells(notebook, last=None, **parameters):
     "The names left by the cells of `nbs/notebook`, up to the one with `last` if given, run here."
     names = dict(__name__=notebook)
+    parameters = {k: str(v) if isinstance(v, Path) else v for k, v in parameters.items()}
     for cell in read_cells(ROOT / 'nbs' / notebook):
         exec(compile(cell['source'], notebook, 'exec'), names)
         if 'parameters' in cell['metadata'].get('tags', []):

@@ -211,9 +211,9 @@ SETTINGS = {
     'smoke': Settings(
         'smoke',
         MarketConfig(n_loras=4, steps=2, batch=10, lr=6e-3),
-        replace(NATURAL, steps=2, per_class=7),
-        DistillConfig(steps=2, n_query=2, rank=4, cycle=2, warmup=1),
-        per_class=12,
+        replace(NATURAL, steps=2, per_class=6),
+        DistillConfig(steps=2, n_query=1, rank=4, cycle=2, warmup=1),
+        per_class=8,
     ),
     'embedded': Settings(
         'embedded',

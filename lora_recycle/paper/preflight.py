@@ -22,7 +22,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torchvision.models import resnet50
 
 from lora_recycle.bench.cost import (
     ViTShape,
@@ -551,7 +550,7 @@ _RESNET = (
 def _find_prior_fault(path: Path) -> str:
     "What is wrong with torchvision's ResNet-50 in `path`; '' if nothing."
     found = read_checkpoint(path).tensors
-    wanted = resnet50(weights=None).state_dict()
+    wanted = random_prior().state_dict()
     both = [k for k in wanted if k in found]
     faults = {
         'are missing': [k for k in wanted if k not in found],
@@ -1006,7 +1005,7 @@ def preflight(
     exact: bool = True,  # image counts must be the published ones
     seconds: float = 60.0,  # that the rehearsal of a backbone may take, about
 ) -> pd.DataFrame:  # columns kind, what, need, have, fits, remedy
-    "One row a check of a run: weights, data, disk, memory, time."
+    "One row a check of a run: weights, data, disk, memory; time if all these fit."
     if not scale.chain.on_disk:
         raise ValueError(
             f'scale {scale.name!r} reads no files; preflight is for one on disk, such as "paper"'
@@ -1016,7 +1015,9 @@ def preflight(
     kept = {name: bytes_an_image(shape) for name, shape in shapes.items()}
     rows = _file_rows(table, scale, methods, place, exact)
     rows += [disk_row(found, place.store.folder), *memory_rows(found, place.device, kept)]
-    return pd.DataFrame(rows + _time_both(table, scale, methods, place, seconds))
+    if all(row['fits'] for row in rows):  # else the rehearsal would only delay what is missing
+        rows += _time_both(table, scale, methods, place, seconds)
+    return pd.DataFrame(rows)
 
 
 def refuse(

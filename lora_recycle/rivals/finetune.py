@@ -11,7 +11,7 @@ __all__ = ['RATES', 'TuneConfig', 'TunedEpisodes', 'descend', 'to_tuned', 'join_
 
 # %% ../../nbs/4_rivals/01_finetune.ipynb #7af1b971
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -46,6 +46,26 @@ class TuneConfig:
         if not self.lr >= 0:
             raise ValueError(f'lr={self.lr!r} must be 0 or more')
 
+# %% ../../nbs/4_rivals/01_finetune.ipynb #df497c8c
+class _SGD:
+    "torch's plain SGD without loading torch's compiler, see `Adam`."
+
+    def __init__(self, tensors: Iterable[Tensor], lr: float):
+        self.tensors = list(tensors)
+        self.lr = lr
+
+    def zero_grad(self):
+        "Forget the gradients."
+        for tensor in self.tensors:
+            tensor.grad = None
+
+    @torch.no_grad()
+    def step(self):
+        "Move each tensor that has a gradient."
+        for tensor in self.tensors:
+            if tensor.grad is not None:
+                tensor.add_(tensor.grad, alpha=-self.lr)
+
 # %% ../../nbs/4_rivals/01_finetune.ipynb #df497c8b
 @dataclass(frozen=True)
 class TunedEpisodes:
@@ -63,7 +83,7 @@ def descend(
 ) -> tuple[dict[str, Tensor], Tensor]:  # the tensors afterwards, and who diverged [T]
     "Gradient descent of T episodes at once; gradients of different ones never meet."
     tensors = {k: t.detach().clone().requires_grad_() for k, t in start.items()}
-    kind = torch.optim.SGD if config.optimiser == 'sgd' else Adam
+    kind = _SGD if config.optimiser == 'sgd' else Adam
     opt = kind(tensors.values(), lr=config.lr)
     first = next(iter(tensors.values()))
     sound = torch.ones(len(first), dtype=torch.bool, device=first.device)
