@@ -21,7 +21,7 @@ import lora_recycle
 
 ROOT = Path(__file__).resolve().parent.parent
 INSTALL, TEST, JOB = (
-    'pip install -e ".[dev]"',
+    'pip install --no-compile -e ".[dev]"',
     'OMP_NUM_THREADS=1 nbdev_test --n_workers 2 && OMP_NUM_THREADS=1 pytest -q -n 2',
     'papermill nbs/run_table.ipynb',
 )
