@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
@@ -42,7 +41,6 @@ def run(tmp_path_factory):
     "A folder in which the figures were made from an empty cache, and the names that were left"
     folder = tmp_path_factory.mktemp('figures')
     names = run_cells('figures.ipynb', **choose(folder))
-    plt.close('all')
     return folder, names
 
 
@@ -151,7 +149,6 @@ def test_statements_are_judged(run):
 
 def test_a_full_cache_makes_nothing(finished, rows):
     run_cells('figures.ipynb', **choose(finished))
-    plt.close('all')
     stages = json.loads((finished / 'results/figures/run.json').read_text())['stages']
     assert stages and {s['outcome'] for s in stages} == {'hit'}
     again = read_rows(finished / 'results' / 'figures').drop(columns=list(TIME_COLUMNS))

@@ -4,7 +4,6 @@ import json
 import pickle
 
 import layouts
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from scipy.io import savemat
@@ -297,7 +296,6 @@ def test_a_table_of_ones_own_folders_in_one_command(tmp_path):
     given |= dict(backbone='miniature', methods='nn|average', shots='1|5', executor='here')
     given |= dict(out_dir=tmp_path / 'out', cache_dir=tmp_path / 'cache')
     run_cells('run_table.ipynb', **given)
-    plt.close('all')
     folder = tmp_path / 'out' / 'in_domain'
     rows = read_rows(folder)
     assert set(rows['dataset']) == {'other:test'} and set(rows['shot']) == {1, 5}

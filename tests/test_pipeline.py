@@ -83,7 +83,6 @@ def finished(tmp_path_factory):
     "A folder in which the smoke table was made from an empty cache"
     folder = tmp_path_factory.mktemp('finished')
     run_cells('run_table.ipynb', **choose(folder))
-    plt.close('all')
     return folder
 
 
@@ -271,7 +270,6 @@ def test_a_run_killed_in_every_stage_resumes(small, tmp_path):
 def test_a_full_cache_makes_nothing_and_damaged_entries_are_named_and_rebuilt(small, capsys):
     before = rows_of(small)
     run_cells('run_table.ipynb', **choose(small, **FEW))
-    plt.close('all')
     assert set(outcomes(small).values()) == {'hit'}
     kinds = ('inverted', 'meta', 'answers')
     entries = [sorted((small / 'cache' / k).iterdir()) for k in kinds]
@@ -280,7 +278,6 @@ def test_a_full_cache_makes_nothing_and_damaged_entries_are_named_and_rebuilt(sm
         data = entry / 'data.safetensors'
         data.write_bytes(data.read_bytes()[:-7])
     run_cells('run_table.ipynb', **choose(small, **FEW))
-    plt.close('all')
     pd.testing.assert_frame_equal(before, rows_of(small), check_exact=True)
     assert outcomes(small)['answers', broken[2].name] == 'rebuilt'
     assert f'{broken[2].name} was damaged' in capsys.readouterr().out
@@ -349,7 +346,6 @@ def test_shipped_weights_and_markets_can_be_rebuilt(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT / 'nbs')
     for name, values in tiny.items():
         run_cells(f'{name}.ipynb', **values)
-        plt.close('all')
     for folder in ('miniature', 'market'):
         manifest = json.loads((tmp_path / folder / 'manifest.json').read_text())
         for file, record in manifest['files'].items():
@@ -366,7 +362,6 @@ def test_the_recorded_command_makes_that_folder_again_and_no_other(tmp_path, mon
     given = dict(table='interpolation', scale='smoke', methods='nn', seed=1, executor='here')
     monkeypatch.chdir(clone)
     run_cells('run_table.ipynb', **given, out_dir='made')
-    plt.close('all')
 
     def run(command):
         how = dict(cwd=clone, env=env, check=True, capture_output=True, text=True)

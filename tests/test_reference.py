@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
@@ -175,7 +174,6 @@ def test_wrong_sizes_are_named(make, what):
 def test_the_benchmark_runs_and_tells_what_moved(tmp_path, capsys):
     given = dict(size='smoke', repeats=1, memory=False, out_dir=tmp_path / 'results')
     run_cells('benchmark.ipynb', **given)
-    plt.close('all')
     out = tmp_path / 'results' / 'benchmark'
     rows = read_rows(out)
     assert list(rows.columns) == list(COLUMNS) and (rows['scale'] == 'smoke').all()

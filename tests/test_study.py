@@ -2,7 +2,6 @@
 
 import json
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from tools import run_cells
@@ -11,7 +10,6 @@ from tools import run_cells
 def test_the_study_runs(tmp_path):
     given = dict(scale='smoke', out_dir=tmp_path / 'results', cache_dir=tmp_path / 'cache')
     run_cells('study.ipynb', **given)
-    plt.close('all')
     out = tmp_path / 'results' / 'study'
     frame = pd.read_csv(out / 'gains.csv')
     assert len(frame) == 11

@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
 from tools import run_cells
@@ -195,7 +194,6 @@ def test_a_table_in_one_command_and_again(tmp_path):
     given |= dict(executor='here', targets='digits', backbone='miniature')
     given |= dict(out_dir=tmp_path / 'out', cache_dir=tmp_path / 'cache')
     run_cells('run_table.ipynb', **given)
-    plt.close('all')
     folder = tmp_path / 'out' / 'together'
     rows = read_rows(folder)
     assert rows['way'].isna().all() and len(rows) == 2

@@ -157,16 +157,18 @@ def papermill(notebook, target, **parameters):
 
 def run_cells(notebook, last=None, **parameters):
     "The names left by the cells of `nbs/notebook`, up to the one with `last` if given, run here."
+    cells = read_cells(ROOT / 'nbs' / notebook)
+    ends = [n for n, cell in enumerate(cells, 1) if last is not None and last in cell['source']]
+    if last is not None and not ends:
+        raise ValueError(f'no cell of {notebook} holds {last!r}')
     names = dict(__name__=notebook)
     parameters = {k: str(v) if isinstance(v, Path) else v for k, v in parameters.items()}
-    for cell in read_cells(ROOT / 'nbs' / notebook):
+    for cell in cells[: ends[0] if ends else None]:
         exec(compile(cell['source'], notebook, 'exec'), names)
         if 'parameters' in cell['metadata'].get('tags', []):
             names.update(parameters)
-        if last is not None and last in cell['source']:
-            return names
-    if last is not None:
-        raise ValueError(f'no cell of {notebook} holds {last!r}')
+    if 'matplotlib.pyplot' in sys.modules:
+        sys.modules['matplotlib.pyplot'].close('all')
     return names
 
 
