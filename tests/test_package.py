@@ -403,3 +403,10 @@ def test_the_count_of_claims_in_the_readme_is_that_of_the_results():
     judged = (ROOT / 'results/claims/table.md').read_text(encoding='utf-8').split('\n## ')[0]
     wrong = set(re.findall(r'\d+', line)) - set(re.findall(r'\d+', judged.split('| claim')[0]))
     assert not wrong, f'results/claims/table.md does not say {sorted(wrong)}'
+
+
+def test_every_find_can_be_run_and_is_in_the_list():
+    listed = (ROOT / 'findings' / 'README.md').read_text(encoding='utf-8')
+    for script in (ROOT / 'findings').glob('*.sh'):
+        assert script.stat().st_mode & 0o100, f'chmod +x findings/{script.name}'
+        assert f'({script.name})' in listed, f'findings/README.md does not list {script.name}'
