@@ -1017,8 +1017,8 @@ _ABLATIONS |= {
     for alpha in (0.0, 0.002, 0.2)
 }
 _ABLATIONS |= {
-    f'-bn-every-{k}': (f', R_BN every {k} steps', _change(('invert', 'bn_every', k)))
-    for k in (2, 4)
+    f'-bn-every-{k}': (f', R_BN every {words}', _change(('invert', 'bn_every', k)))
+    for k, words in ((1, 'step'), (2, '2 steps'))
 }
 _ABLATIONS |= {
     f'-loras-{n}': (f', {n} LoRAs', _change(('market', 'n_loras', 100), n_loras=n))

@@ -796,7 +796,7 @@ TABLES = dict(
     backbones=make_duel('Backbones', _CYRILLIC, ('lorahub',), backbones=tuple(MINIATURES)),
     alpha=make_ablation(
         'Weight of R_BN',
-        ('-alpha-0', '-alpha-0.002', '-alpha-0.2', '-bn-every-2', '-bn-every-4'),
+        ('-alpha-0', '-alpha-0.002', '-alpha-0.2', '-bn-every-1', '-bn-every-2'),
     ),
     objective=make_ablation('Objective', ('-no-mix', '-mixed-only', '-plain-distillation')),
     data=make_ablation('Images', ('-real', '-other', '-noise')),

@@ -122,11 +122,12 @@ class Machine:
 
 # %% ../../nbs/1_method/05_chain.ipynb #fa4cc986
 NATURAL = InvertConfig(
-    steps=80,
+    steps=40,
     per_class=8,
-    lr=0.1,
+    lr=0.2,
     decay=True,
     alpha_bn=0.02,
+    bn_every=4,
     alpha_tokens=1.0,
     alpha_tv=1.0,
     affine=0.5,
@@ -135,13 +136,13 @@ NATURAL = InvertConfig(
     smooth_start=6,
 )
 _GLYPHS = DistillConfig(
-    steps=240,
+    steps=120,
     tasks=2,
     n_query=3,
     rank=4,
     lr=2e-3,
-    cycle=240,
-    warmup=15,
+    cycle=120,
+    warmup=12,
     flip=0.0,
     affine=1.5,
     colour=1.3,
@@ -211,7 +212,7 @@ SETTINGS = {
     'smoke': Settings(
         'smoke',
         MarketConfig(n_loras=4, steps=2, batch=10, lr=6e-3),
-        replace(NATURAL, steps=2, per_class=6),
+        replace(NATURAL, steps=2, per_class=6, lr=0.1, bn_every=1),
         DistillConfig(steps=2, n_query=1, rank=4, cycle=2, warmup=1),
         per_class=8,
     ),
