@@ -136,13 +136,13 @@ NATURAL = InvertConfig(
     smooth_start=6,
 )
 _GLYPHS = DistillConfig(
-    steps=120,
+    steps=160,
     tasks=2,
     n_query=3,
     rank=4,
     lr=2e-3,
-    cycle=120,
-    warmup=12,
+    cycle=160,
+    warmup=15,
     flip=0.0,
     affine=1.5,
     colour=1.3,
