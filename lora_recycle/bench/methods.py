@@ -10,7 +10,8 @@ __all__ = ['SCALES', 'ROLES', 'NEEDS', 'HALVES', 'PMF_RATE', 'LORAS', 'IMAGES', 
            'predict_average', 'plan_merge', 'merge_planned', 'predict_merged', 'predict_cut', 'load_caml',
            'predict_caml', 'predict_probe', 'predict_simple', 'predict_names', 'predict_tip', 'Lesson', 'load_pmf',
            'choose_validated', 'predict_tuned', 'predict_hub', 'name_chain', 'predict_by_text', 'predict_together',
-           'choose_votes', 'make_merges', 'make_pair', 'make_named_pair', 'describe_methods', 'Cell', 'answer_cell']
+           'choose_votes', 'make_merges', 'make_pair', 'make_named_pair', 'describe_methods', 'narrow_chain', 'Cell',
+           'answer_cell']
 
 # %% ../../nbs/5_bench/03_methods.ipynb #ac1b8ebd
 from dataclasses import dataclass, replace
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 from ..core import check_choice, digest, generator
 from .cost import PAPER_PLANS, name_plan
 from ..method.chain import SETTINGS, Chain, Machine, Named, Recipe, Settings
-from ..method.inversion import SMI_DROP
+from ..method.distill import DistillConfig
+from ..method.inversion import SMI_DROP, InvertConfig
 from ..method.lora import LoRA, average_factors, average_products, new_lora
 from ..method.lora import pack_lora, truncate_rank, unpack_lora
 from lora_recycle.rivals.features import (
@@ -912,7 +914,7 @@ TEXT_RIVALS = (
     Method(
         *('lorahub-text', 'LoRAHub + zero-shot', 'rival'),
         **_text(_named_hub),
-        needs=IMAGES | NAMES,
+        needs=ALL_STAGES | NAMES,
         configs=('hub',),
     ),
 )
@@ -1075,6 +1077,23 @@ def describe_methods(
     ]
     return pd.DataFrame(lines).set_index('id')
 
+# %% ../../nbs/5_bench/03_methods.ipynb #4fd1c0a7
+def narrow_chain(
+    chain: Chain,  # of a table
+    needs: frozenset,  # of `NEEDS`
+) -> Chain:  # with the defaults for settings that are not needed
+    "The chain that a method with such needs is handed; the rank of a result always stays."
+    if 'meta' in needs:
+        return chain
+    known = chain.__dict__.setdefault('_narrowed', {})
+    if needs not in known:
+        full = chain.settings
+        settings = replace(full, distill=DistillConfig(rank=full.distill.rank))
+        if 'images' not in needs:
+            settings = replace(settings, invert=InvertConfig(per_class=full.invert.per_class))
+        known[needs] = replace(chain, settings=settings)
+    return known[needs]
+
 # %% ../../nbs/5_bench/03_methods.ipynb #64423c38
 @dataclass(frozen=True)
 class Cell:
@@ -1093,6 +1112,11 @@ class Cell:
         return self.scale.n_tuned if self.method.per_episode else self.scale.n_tasks
 
     @property
+    def handed(self) -> Chain:
+        "The chain as the method sees it."
+        return narrow_chain(self.chain, list_needs(self.method, self.chain.settings.public))
+
+    @property
     def sizes(self) -> dict:
         "The sizes that the method is told."
         names = ('way', 'n_query', *self.method.configs)
@@ -1105,7 +1129,7 @@ class Cell:
         asked = dict(target=self.target, split=self.split, shot=self.shot, n=self.n)
         asked |= dict(method=m.id, recipe=m.recipe, tuning=m.tuning, sizes=self.sizes)
         asked |= dict(sampler=self.scale.sampler) if self.scale.sampler != 'equal' else {}
-        return dict(chain=self.chain.inputs, exam=asked)
+        return dict(chain=self.handed.inputs, exam=asked)
 
     @property
     def entry(self):
@@ -1136,7 +1160,7 @@ def answer_cell(
         "Answer the episodes."
         data = cell.chain.open(cell.target).split(cell.split)
         episodes = _draw(cell, data)
-        predicted = cell.method.predict(cell.chain, Exam(data, episodes, cell.shot, cell.sizes))
+        predicted = cell.method.predict(cell.handed, Exam(data, episodes, cell.shot, cell.sizes))
         lost = (predicted < 0).all(-1).all(-1).sum()
         found = dict(right=right_answers(predicted), diverged=lost)
         varied = cell.scale.sampler == 'meta'
