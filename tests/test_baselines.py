@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from lora_recycle.bench.methods import METHODS, SCALES, Exam
+from lora_recycle.bench.methods import METHODS, RIVALS, SCALES, Cell, Exam, list_needs
 from lora_recycle.method.backbone import normalise
 from lora_recycle.method.chain import Chain, Meta, Tuned
 from lora_recycle.rivals.features import (
@@ -24,7 +24,7 @@ from lora_recycle.rivals.features import (
     train_caml,
     zero_shot,
 )
-from lora_recycle.core import generator
+from lora_recycle.core import digest, generator
 from lora_recycle.suite.images import ImageSet, load_set
 from lora_recycle.method.distill import DistillConfig
 from lora_recycle.suite.episodes import EpisodeSize, draw_episodes
@@ -640,3 +640,25 @@ def test_ours_answers_with_what_was_meta_trained(backbone, data, features, metho
     assert torch.equal(there, nearest_prototype(embed(backbone, data.images, strong), e))
     assert not torch.equal(there, plain)
     assert asked == [(METHODS[method].recipe, 1)] * 2
+
+
+def test_a_rival_outlives_the_settings_of_stages_that_it_does_not_need(backbone):
+    "How long inversion and meta-training last changes the key of those that use them, no other."
+    scale = SCALES['smoke']
+    settings = scale.chain
+    invert = replace(settings.invert, steps=7)
+    changed = {
+        'images': replace(settings, invert=invert),
+        'meta': replace(settings, distill=replace(settings.distill, steps=9)),
+    }
+    for need, other in changed.items():
+        first, second = (Chain(backbone, Tuned(('greek',)), s) for s in (settings, other))
+        for method in RIVALS:
+            cells = [Cell(chain, 'greek', method, 1, scale) for chain in (first, second)]
+            same = len({digest(cell.key) for cell in cells}) == 1
+            needs = list_needs(method, settings.public)
+            assert same == (need not in needs and 'meta' not in needs), (method.id, need)
+    wide = replace(settings, distill=replace(settings.distill, rank=8))
+    cut = METHODS['average-cut']
+    cells = [Cell(replace(first, settings=s), 'greek', cut, 1, scale) for s in (settings, wide)]
+    assert cells[0].entry != cells[1].entry  # the rank that merges are cut to

@@ -9,6 +9,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
@@ -340,6 +341,16 @@ def test_no_step_of_tuning_waits(world):
 
 
 # ---- the check of a card
+
+
+@pytest.mark.parametrize('fast', [True, False])
+def test_the_precision_that_is_faster_here_is_taken(fast, monkeypatch):
+    def step():
+        low = torch.is_autocast_enabled('cpu')
+        time.sleep(0.01 if low == fast else 0.1)
+
+    monkeypatch.setattr(device, 'market_step', lambda *sizes, device: step)
+    assert device.choose_precision('cpu') == ('bfloat16' if fast else 'float32')
 
 
 FEW_MODULES = """
