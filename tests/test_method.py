@@ -374,6 +374,13 @@ def test_groups_are_judged_alone(backbone):
     net, stats, x = load_prior(), load_token_stats(), noise(8)
     alone = torch.cat([bn_prior(net, x[:4]), bn_prior(net, x[4:])])
     torch.testing.assert_close(bn_prior(net, x, groups=2), alone, rtol=1e-4, atol=0)
+    weight = torch.tensor([1.0, 3.0])
+    pull = lambda loss, at: torch.autograd.grad(loss, at)[0]
+    y = x.clone().requires_grad_()
+    found = pull((weight * bn_prior(net, y, groups=2)).sum(), y)
+    parts = [part.clone().requires_grad_() for part in x.chunk(2)]
+    alone = torch.cat([pull(w * bn_prior(net, p).sum(), p) for w, p in zip(weight, parts)])
+    torch.testing.assert_close(found, alone, rtol=1e-3, atol=1e-6)
     tokens = encode_tokens(backbone, x).tokens
     alone = torch.cat([token_prior([t[i : i + 4] for t in tokens], stats) for i in (0, 4)])
     torch.testing.assert_close(token_prior(tokens, stats, 2), alone, rtol=1e-4, atol=0)

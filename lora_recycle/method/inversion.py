@@ -62,12 +62,40 @@ def bn_gaps(
     return torch.stack(gaps)
 
 
+class _GroupByGroup(torch.autograd.Function):
+    """R_BN of each group, with its gradient found at once.
+
+    The activations of one group are held at a time, in place of those of all."""
+
+    @staticmethod
+    def forward(ctx, images: Tensor, net: nn.Module, groups: int) -> Tensor:
+        "Images [B,3,H,W] to [groups]."
+        values, slopes = [], []
+        for part in images.detach().chunk(groups):
+            with torch.enable_grad():
+                part.requires_grad_()
+                value = bn_gaps(net, part).sum()
+                slopes += torch.autograd.grad(value, part)
+            values.append(value.detach())
+        ctx.save_for_backward(torch.cat(slopes))
+        return torch.stack(values)
+
+    @staticmethod
+    def backward(ctx, above: Tensor) -> tuple:
+        "From [groups] to images; network and number have none."
+        (slopes,) = ctx.saved_tensors
+        weight = above.repeat_interleave(len(slopes) // len(above))
+        return weight.view(-1, 1, 1, 1) * slopes, None, None
+
+
 def bn_prior(
-    net: nn.Module,  # any network in eval mode with BatchNorm2d layers
+    net: nn.Module,  # any frozen network in eval mode with BatchNorm2d layers
     images: Tensor,  # [B,3,H,W], normalised as `net` wants them
     groups: int = 1,  # equal consecutive groups of images, each judged alone
 ) -> Tensor:  # [groups], 0 or more
     "R_BN: how far the images are from what the network saw in training."
+    if groups > 1 and images.requires_grad and torch.is_grad_enabled():
+        return _GroupByGroup.apply(images, net, groups)
     return bn_gaps(net, images, groups).sum(0)
 
 # %% ../../nbs/1_method/03_inversion.ipynb #30c00002
