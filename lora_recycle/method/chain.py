@@ -330,14 +330,14 @@ class _Renormalise(nn.Module):
         return x * self.scale + self.shift
 
 # %% ../../nbs/1_method/05_chain.ipynb #007c7d1a
-_CNNS = dict(resnet50='resnet50')  # name in torchvision, and of the file
+_CNNS = ('resnet50',)  # names in torchvision, and of the files
 
 
 @lru_cache(maxsize=1)  # every stage of inversion asks for it
 def _read_cnn(name: str, path: Path, written: int) -> nn.Module:
     "The CNN whose checkpoint was `written` at that time, frozen; no weight is drawn first."
     with torch.device('meta'):
-        net = getattr(_models(), _CNNS[name])(weights=None)
+        net = getattr(_models(), name)(weights=None)
     net = net.to_empty(device='cpu').eval().requires_grad_(False)
     for counter in net.buffers():
         counter.zero_()  # old checkpoints do not hold all of them
@@ -730,8 +730,8 @@ def load_priors(
         name = chain.backbone.name
         stats = load_token_stats(name) if name in MINIATURES else None
         given = Priors(_load_network(chain), stats)
-    network, stats = (None if x is None else x.to(device) for x in vars(given).values())
-    return Priors(network, stats)
+    move = lambda x: None if x is None else x.to(device)
+    return Priors(move(given.network), move(given.token_stats))
 
 # %% ../../nbs/1_method/05_chain.ipynb #e3e94221
 def _load_network(chain: Chain) -> nn.Module:
@@ -739,7 +739,7 @@ def _load_network(chain: Chain) -> nn.Module:
     prior = chain.settings.prior
     if prior not in _CNNS:
         return shipped_network(prior, chain.backbone)
-    return cnn_prior(prior, weights_file(chain.files.weights, _CNNS[prior]), chain.backbone)
+    return cnn_prior(prior, weights_file(chain.files.weights, prior), chain.backbone)
 
 
 def _digest_priors(chain: Chain, config: InvertConfig) -> tuple[str, ...]:

@@ -128,8 +128,10 @@ def token_prior(
     for x, (mean, var) in zip(tokens, stats):
         if x.shape[1] != (N if patches is None else patches.shape[1] + 1):
             break
-        placed = () if patches is None else (patches, N)
-        v, m, share = (_placed_moments if placed else _moments)(x, groups, *placed)
+        if patches is None:
+            v, m, share = _moments(x, groups)
+        else:
+            v, m, share = _placed_moments(x, groups, patches, N)
         var = var + 1e-3
         gap = ((m - mean).square() + ((v + 1e-3).sqrt() - var.sqrt()).square()) / var
         terms.append(gap.mean((1, 2)) if share is None else (gap * share).sum(1).mean(1))
@@ -473,7 +475,8 @@ def _last_plan(backbone: Backbone, config: InvertConfig) -> dict:
     n = left = backbone.n_patches
     for ratio in [r for _, r in sorted(config.drop)] + [r for _, r in sorted(config.plan)]:
         left -= int(left * ratio)
-    return {backbone.layers - 1: (n - left + 0.5) / n} if left < n else {}
+    half = 0.5  # of a patch more, so that rounding down leaves n - left
+    return {backbone.layers - 1: (n - left + half) / n} if left < n else {}
 
 
 @torch.no_grad()

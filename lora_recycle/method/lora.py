@@ -288,7 +288,7 @@ def truncate_rank(
     root = S[..., :rank].sqrt()
     A = U[..., :rank] * root[..., None, :]
     short = LoRA(A, root[..., None] * V[..., :rank, :], targets=lora.targets)
-    return pad_rank(short, max(rank, short.rank))
+    return pad_rank(short, rank)
 
 # %% ../../nbs/1_method/00_lora.ipynb #ee45cf06
 def only_layers(
