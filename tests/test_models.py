@@ -31,7 +31,6 @@ from lora_recycle.paper.models import (
     check_keys,
     expected_shapes,
     half_precise,
-    image_side,
     load_backbone,
     model_table,
     published,
@@ -92,7 +91,7 @@ def test_clip_equals_open_clip(name):
     assert (encode(replace(backbone, act='gelu'), x).features - theirs).abs().max() > 1e-3, (
         'the test would see the wrong activation'
     )
-    assert image_side(backbone) == 224
+    assert backbone.side == 224
     assert (
         sum(t.numel() for t in new_lora(backbone.layers, backbone.width, 4).tensors().values())
         == 147_456
@@ -241,7 +240,7 @@ def test_lvvit_works_with_lora_plan_and_sparse_tokens(monkeypatch):
     )
     (gradient,) = torch.autograd.grad(out.features.sum(), x)
     assert gradient.abs().sum() > 0, 'images can be inverted through the stem'
-    assert image_side(backbone) == 64
+    assert backbone.side == 64
 
 
 @torch.no_grad()

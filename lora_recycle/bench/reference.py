@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cost import ViTShape, n_kept_patches, random_backbone, random_prior
+from .cost import STEP_SHOT, STEP_WAY, ViTShape, check_task, draw_noise
+from .cost import n_kept_patches, random_backbone, random_prior
 from ..core import Adam, check_int, generator
 from ..method.backbone import Backbone, blank_dropped, check_plan, denormalise, normalise
 from ..method.distill import DistillConfig, augment, prototype_logits
@@ -239,18 +240,17 @@ def plain_inversion_step(
     prior: nn.Module | None,  # of Eq. 2; None: cross-entropy only
     batch: int,  # images
     plan: dict | None = None,  # {layer: ratio}
-    way: int = 5,  # classes of the LoRA
     seed: int = 0,  # of start, LoRA and views
 ) -> Callable:  # function () -> loss
     "The plain twin of `cost.inversion_step`."
     check_int('batch', batch, 1)
     gen = generator(seed, 'cost', 'inversion')
     config = InvertConfig(alpha_bn=0.0 if prior is None else 0.01)
-    W = torch.randn(1, backbone.out_dim, way, generator=gen)[0] / backbone.out_dim**0.5
+    W = torch.randn(1, backbone.out_dim, STEP_WAY, generator=gen)[0] / backbone.out_dim**0.5
     fresh = new_lora(backbone.layers, backbone.width, 4, gen, n=1)[0]
-    lora = LoRA(fresh.A, fresh.B, W, torch.zeros(way)).map(lambda t: t.to(backbone.device))
+    lora = LoRA(fresh.A, fresh.B, W, torch.zeros(STEP_WAY)).map(lambda t: t.to(backbone.device))
     model = wrap_lora(backbone, lora)
-    labels = (torch.arange(batch) % way).to(backbone.device)
+    labels = (torch.arange(batch) % STEP_WAY).to(backbone.device)
     canvas = Canvas(batch, config, backbone, gen)
     hooked = None if prior is None else HookedPrior(prior)
     return lambda: _plain_descend(model, canvas, config, labels, plan, hooked)
@@ -267,39 +267,20 @@ def _plain_descend(model, canvas, config, labels, plan, prior) -> Tensor:
         canvas.clamp_()
     return loss.detach()
 
-# %% ../../nbs/5_bench/06_reference.ipynb #a9c04968
-def _check_batch(batch: int, way: int, shot: int):
-    "ValueError unless `batch` images make a task."
-    if batch % way or batch // way <= shot:
-        raise ValueError(
-            f'batch={batch} makes no {way}-way {shot}-shot task; '
-            f'give a multiple of {way}, {way * (shot + 1)} or more'
-        )
-
-
-def _draw_task(backbone: Backbone, batch: int, sparsity: float, gen) -> tuple[Tensor, Tensor]:
-    "Images of noise uint8 [B,3,H,W] and the patches that stay [B,K]."
-    size = (batch, 3, backbone.side, backbone.side)
-    images = torch.randint(256, size, dtype=torch.uint8, generator=gen)
-    order = torch.rand(batch, backbone.n_patches, generator=gen).argsort(1)
-    keep = order[:, : n_kept_patches(backbone.n_patches, sparsity)].sort(1).values
-    return images.to(backbone.device), keep.to(backbone.device)
-
 # %% ../../nbs/5_bench/06_reference.ipynb #a9c04969
 def plain_meta_step(
     backbone: Backbone,  # a tower of CLIP
     batch: int,  # images of one task
     sparsity: float = 0.0,  # share of the patches that never enter
-    way: int = 5,  # classes
-    shot: int = 1,  # support images of each class
     seed: int = 0,  # of images, patches and LoRA
 ) -> Callable:  # function () -> loss
     "The plain twin of `cost.meta_step`: dropped patches are zeros, found again one by one."
-    _check_batch(batch, way, shot)
+    check_task(batch, sparsity)
     gen = generator(seed, 'cost', 'meta')
+    way, shot = STEP_WAY, STEP_SHOT
     per = batch // way
     config = DistillConfig(way=way, shot=shot, n_query=per - shot)
-    images, keep = _draw_task(backbone, batch, sparsity, gen)
+    images, keep = draw_noise(backbone, batch, sparsity, gen)
     lora = new_lora(backbone.layers, backbone.width, 4, gen)
     model = wrap_lora(backbone, lora.map(lambda t: t.to(backbone.device)))
     opt = Adam([p for p in model.parameters() if p.requires_grad], lr=config.lr)
@@ -308,8 +289,8 @@ def plain_meta_step(
     def step() -> Tensor:
         "One step."
         x = normalise(augment(images.float() / 255, config, gen), backbone)
-        x = blank_dropped(x, keep, backbone.patch) if sparsity else x
-        features = model(x, masked=bool(sparsity)).view(1, way, per, -1)
+        x = x if keep is None else blank_dropped(x, keep, backbone.patch)
+        features = model(x, masked=keep is not None).view(1, way, per, -1)
         logits = prototype_logits(features[:, :, :shot], features[:, :, shot:])
         loss = F.cross_entropy(logits.flatten(0, 2), labels)
         opt.zero_grad()

@@ -73,7 +73,7 @@ from lora_recycle.bench.methods import (
     read_features,
 )
 from .plots import average_sets, cost_curve, image_rows, training_curves
-from .results import COLUMNS, episode_key, method_columns, name_shot
+from .results import COLUMNS, episode_key, method_columns
 from ..core import Cache, check_choice, check_int, environment, generator
 from ..jobs import Job
 from ..method.backbone import blank_dropped, encode, normalise
@@ -309,15 +309,11 @@ def draw_curves(
 ) -> dict[str, Figure]:
     "Meta-training from the first set's pools of images, at the first number of shots."
     recipes = _list_recipes(scene)
-    pools = [r for r in map(_of_pool, ('inverted', 'real', 'noise')) if r in recipes]
+    pools = [Recipe(pool=pool) for pool in ('inverted', 'real', 'noise')]
+    pools = [recipe for recipe in pools if recipe in recipes]
     chain = scene.chains[0]
     curves = {r.pool: chain.meta(r, scene.scale.shots[0]).curve for r in pools}
     return dict(curves=training_curves(curves)) if curves else {}
-
-# %% ../../nbs/5_bench/04_tables.ipynb #34f830f0
-def _of_pool(pool: str) -> Recipe:
-    "The paper's recipe on another pool of images."
-    return Recipe(pool=pool)
 
 # %% ../../nbs/5_bench/04_tables.ipynb #a0c0e0ad
 def mask_images(
@@ -1133,12 +1129,6 @@ def answer_cells(
             store.log.extend(results[name])
 
 # %% ../../nbs/5_bench/04_tables.ipynb #a0c0e0c5
-def _say_cell(cell: Cell, row: dict) -> str:
-    "A line about a finished cell."
-    where = f'{cell.target} {name_shot(cell.shot, row["way"])} {cell.method.id}'
-    return f'{where}: {row["value"]:.2f} ± {row["ci95"]:.2f}, n={row["n_tasks"]}'
-
-
 def count_questions(
     cells: list[Cell],  # of `list_cells`, answered
 ):  # a number; where tasks vary, `episode_key` -> int64 [T]
@@ -1171,7 +1161,6 @@ def make_table(
     methods: tuple,  # ids
     scale: Scale,  # all sizes
     batch: int = 0,  # images in a timed step, see `price_table`
-    note: Callable = lambda line: None,  # told of each finished cell
 ) -> tuple[list[dict], dict]:  # rows (`results.COLUMNS`); right answers by `episode_key`
     "The rows of a table, and the right answers of every episode."
     chosen = table_at(table, scale)
@@ -1184,9 +1173,7 @@ def make_table(
     counts = {}
     for cell in cells:
         answers = answer_cell(cell)
-        found = accuracy_rows(cell, answers)
-        rows += [same | row for row in found]
+        rows += [same | row for row in accuracy_rows(cell, answers)]
         backbone = cell.chain.backbone.name if len(chosen.backbones) > 1 else ''
         counts[episode_key(cell.target, cell.shot, cell.method.id, backbone)] = answers['right']
-        note(_say_cell(cell, found[0]))
     return rows + [same | row for row in _priced_rows(chosen, columns, scale, batch)], counts

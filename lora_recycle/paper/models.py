@@ -6,7 +6,7 @@
 __all__ = ['CLIP_PARTS', 'PLAIN_PARTS', 'DINO_PARTS', 'DINO3_PARTS', 'POOL_PARTS', 'MODELS', 'OPEN_CLIP', 'TIMM', 'LAYOUTS',
            'Model', 'Layout', 'expected_shapes', 'check_keys', 'resize_positions', 'make_rotary',
            'backbone_from_weights', 'random_weights', 'Checkpoint', 'read_checkpoint', 'published', 'half_precise',
-           'check_backbone', 'load_backbone', 'image_side', 'find_shape', 'stem_flops_g', 'model_table']
+           'check_backbone', 'load_backbone', 'find_shape', 'stem_flops_g', 'model_table']
 
 # %% ../../nbs/6_paper/01_models.ipynb #d27d9af9
 import hashlib
@@ -1263,13 +1263,6 @@ def load_backbone(
     sure = weights == 'download'
     path = _fetched(name) if sure else Path(weights).expanduser()
     return replace(_from_path(name, path, side, sure), origin=str(path)).to(device)
-
-# %% ../../nbs/6_paper/01_models.ipynb #6723497b
-def image_side(
-    backbone: Backbone,  # frozen
-) -> int:  # pixels
-    "Side of the square images that it takes."
-    return shape_of(backbone).side
 
 # %% ../../nbs/6_paper/01_models.ipynb #0ade6f12
 _PHOTO_SHAPE = ViTShape(PHOTO, 64, 8, 192, 6, 3, 256)  # of the layers behind its stem

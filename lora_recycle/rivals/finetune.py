@@ -47,17 +47,12 @@ class TuneConfig:
             raise ValueError(f'lr={self.lr!r} must be 0 or more')
 
 # %% ../../nbs/4_rivals/01_finetune.ipynb #df497c8c
-class _SGD:
-    "torch's plain SGD without loading torch's compiler, see `Adam`."
+class _SGD(Adam):
+    "torch's plain SGD without loading torch's compiler, in place of `Adam`."
 
     def __init__(self, tensors: Iterable[Tensor], lr: float):
         self.tensors = list(tensors)
         self.lr = lr
-
-    def zero_grad(self):
-        "Forget the gradients."
-        for tensor in self.tensors:
-            tensor.grad = None
 
     @torch.no_grad()
     def step(self):
