@@ -98,7 +98,6 @@ class Scale:
     votes: tuple = WEIGHTS  # of neighbours in LaplacianShot, of which validation classes choose
     sampler: str = 'equal'  # of test episodes, of `episodes.SAMPLERS`; 'meta': ways, shots vary
     machine: Machine = Machine()  # unless a run says otherwise
-    may_lower: bool = False  # precision 'auto' is bfloat16 on a device that gains by it
     columns: tuple = ()  # of one's own sets, see `tables.choose_columns`; (): those of the table
     backbone: str = ''  # in place of those of the table
     hours: float = 0.0  # that its tables are meant to take on one GPU; 0: not said

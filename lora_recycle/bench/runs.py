@@ -200,10 +200,7 @@ def missing_parts(
     for name, value in (('scale', scale), ('seed', seed)):
         if given.get(name) != value:
             lost.append(f'made with {name}={given.get(name)!r}, not {value!r}')
-    wanted = SCALES[check_choice('scale', scale, SCALES)]
-    today = json.loads(json.dumps(plain(wanted)))
-    if wanted.may_lower:
-        today['machine'].pop('precision')  # the device's choice, not a change
+    today = json.loads(json.dumps(plain(SCALES[check_choice('scale', scale, SCALES)])))
     changed = _list_changes(config.get('scale', {}), today)
     if changed:
         lost.append('settings of this scale have changed since: ' + ', '.join(changed))
