@@ -200,6 +200,7 @@ def step_all(there):
     lora_there = there.market().lora[0].map(lambda t: t.to(META))
     gen = generator(0)
     cost.random_backbone(SHAPE, gen)
+    cost.shape_of(far)
     small = device.DeviceSize(SHAPE, 10, 2, 8, 1)
     parts = device.compute_parts(far, small)
     near = device.compute_parts(far.to('cpu'), small)

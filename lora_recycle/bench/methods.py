@@ -1080,9 +1080,10 @@ def describe_methods(
 # %% ../../nbs/5_bench/03_methods.ipynb #4fd1c0a7
 def narrow_chain(
     chain: Chain,  # of a table
-    needs: frozenset,  # of `NEEDS`
+    method: Method,  # of `METHODS`
 ) -> Chain:  # with the defaults for settings that are not needed
-    "The chain that a method with such needs is handed; the rank of a result always stays."
+    "The chain that a method is handed; the rank of a result always stays."
+    needs = list_needs(method, chain.settings.public)
     if 'meta' in needs:
         return chain
     known = chain.__dict__.setdefault('_narrowed', {})
@@ -1112,11 +1113,6 @@ class Cell:
         return self.scale.n_tuned if self.method.per_episode else self.scale.n_tasks
 
     @property
-    def handed(self) -> Chain:
-        "The chain as the method sees it."
-        return narrow_chain(self.chain, list_needs(self.method, self.chain.settings.public))
-
-    @property
     def sizes(self) -> dict:
         "The sizes that the method is told."
         names = ('way', 'n_query', *self.method.configs)
@@ -1129,7 +1125,7 @@ class Cell:
         asked = dict(target=self.target, split=self.split, shot=self.shot, n=self.n)
         asked |= dict(method=m.id, recipe=m.recipe, tuning=m.tuning, sizes=self.sizes)
         asked |= dict(sampler=self.scale.sampler) if self.scale.sampler != 'equal' else {}
-        return dict(chain=self.handed.inputs, exam=asked)
+        return dict(chain=narrow_chain(self.chain, m).inputs, exam=asked)
 
     @property
     def entry(self):
@@ -1160,7 +1156,8 @@ def answer_cell(
         "Answer the episodes."
         data = cell.chain.open(cell.target).split(cell.split)
         episodes = _draw(cell, data)
-        predicted = cell.method.predict(cell.handed, Exam(data, episodes, cell.shot, cell.sizes))
+        chain = narrow_chain(cell.chain, cell.method)
+        predicted = cell.method.predict(chain, Exam(data, episodes, cell.shot, cell.sizes))
         lost = (predicted < 0).all(-1).all(-1).sum()
         found = dict(right=right_answers(predicted), diverged=lost)
         varied = cell.scale.sampler == 'meta'

@@ -277,7 +277,8 @@ def plain_meta_step(
     "The plain twin of `cost.meta_step`: dropped patches are zeros, found again one by one."
     check_task(batch, sparsity)
     gen = generator(seed, 'cost', 'meta')
-    way, shot = STEP_WAY, STEP_SHOT
+    way = STEP_WAY
+    shot = STEP_SHOT
     per = batch // way
     config = DistillConfig(way=way, shot=shot, n_query=per - shot)
     images, keep = draw_noise(backbone, batch, sparsity, gen)

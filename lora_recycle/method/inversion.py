@@ -61,7 +61,7 @@ def bn_gaps(
             handle.remove()
     return torch.stack(gaps)
 
-
+# %% ../../nbs/1_method/03_inversion.ipynb #7d20c8f4
 class _GroupByGroup(torch.autograd.Function):
     """R_BN of each group, with its gradient found at once.
 
@@ -70,7 +70,8 @@ class _GroupByGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, images: Tensor, net: nn.Module, groups: int) -> Tensor:
         "Images [B,3,H,W] to [groups]."
-        values, slopes = [], []
+        values = []
+        slopes = []
         for part in images.detach().chunk(groups):
             with torch.enable_grad():
                 part.requires_grad_()
@@ -87,7 +88,7 @@ class _GroupByGroup(torch.autograd.Function):
         weight = above.repeat_interleave(len(slopes) // len(above))
         return weight.view(-1, 1, 1, 1) * slopes, None, None
 
-
+# %% ../../nbs/1_method/03_inversion.ipynb #c03b6f7a
 def bn_prior(
     net: nn.Module,  # any frozen network in eval mode with BatchNorm2d layers
     images: Tensor,  # [B,3,H,W], normalised as `net` wants them
