@@ -204,7 +204,7 @@ def test_the_benchmark_runs_and_tells_what_moved(tmp_path, capsys):
     runs = rows[rows['title'].str.startswith('whole inversion')]
     assert {'plain', 'ours, dense', 'ours, dropped', 'ours, {6: 0.75}'} <= set(runs['method'])
     held = rows.pivot_table(index='method', columns='metric', values='value').loc['2 workers']
-    assert 0 < held['worker_share_mb'] < held['worker_mb']
+    assert 0 < held['largest_share_mb'] < held['largest_mb']
     assert 'no rows were here before' in capsys.readouterr().out
 
 

@@ -11,7 +11,6 @@ __all__ = ['DEVICE_SIZES', 'LIMITS', 'LEAST_GAIN', 'DeviceSize', 'choose_device_
 import argparse
 import importlib.util
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +36,7 @@ from .reference import market_step, plain_inversion_step, plain_meta_step
 from ..core import check_choice, environment, generator
 from ..method.backbone import Backbone, encode, normalise
 from ..method.lora import new_lora
+from ..precision import multiply_in
 from ..suite.miniature import load_prior
 
 # %% ../../nbs/5_bench/11_device.ipynb #c77b0c34
@@ -72,14 +72,6 @@ def _prior(size: DeviceSize) -> nn.Module | None:
     if size.shape != VIT_B16:
         return load_prior()
     return random_prior() if importlib.util.find_spec('torchvision') else None
-
-
-def _multiply_in(precision: str, device: str):
-    "The context of products in `precision`."
-    check_choice('precision', precision, LIMITS)
-    if precision == 'float32':
-        return nullcontext()
-    return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 # %% ../../nbs/5_bench/11_device.ipynb #95e49f10
 def compute_parts(
@@ -133,7 +125,7 @@ def compare_with_cpu(
     rows = []
     for precision, limit in LIMITS.items():
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with exact, _multiply_in(precision, device):
+        with exact, multiply_in(precision, device):
             found = compute_parts(there, few, prior)
         for part, value in found.items():
             row = dict(part=part, precision=precision, metric='gap', limit=limit)
@@ -201,7 +193,7 @@ def time_steps(
     prior = prior and prior.to(device)
     rows = []
     for precision in LIMITS:
-        with _multiply_in(precision, device):
+        with multiply_in(precision, device):
             steps = list_steps(backbone, size, prior)
             most = measure_products(device, size)
             rows.append(dict(part='product', metric='tflops', value=most, precision=precision))
@@ -226,7 +218,7 @@ def choose_precision(
 
     def low():
         "The same step with 16-bit products."
-        with _multiply_in('bfloat16', device):
+        with multiply_in('bfloat16', device):
             return step()
 
     ratio = compare(interleaved(dict(float32=step, bfloat16=low), 2))['ratio']['bfloat16']
