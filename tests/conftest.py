@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 # A shell that runs the tests in the background has Ctrl-C ignored; what they start would inherit it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -28,4 +29,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
 
 
+def start_lightly():
+    "Let the processes that tests begin find what is in `light` first."
+    folder = str(Path(__file__).parent / 'light')
+    paths = os.environ.get('PYTHONPATH', '').split(os.pathsep)
+    if folder not in paths:
+        os.environ['PYTHONPATH'] = os.pathsep.join([folder, *filter(None, paths)])
+
+
 take_a_core()
+start_lightly()

@@ -394,7 +394,8 @@ def ray():
         RAY_worker_niceness='0',
     ).items():
         patch.setenv(name, value)
-    patch.setenv('PYTHONPATH', os.pathsep.join([str(HERE), *filter(None, sys.path)]))
+    places = [HERE / 'light', HERE, *filter(None, sys.path)]
+    patch.setenv('PYTHONPATH', os.pathsep.join(map(str, places)))
     patch.delenv('OMP_NUM_THREADS', raising=False)  # what Ray does without being told
     for left in (
         2,

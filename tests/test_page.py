@@ -576,7 +576,7 @@ _DROP = """([data, n, where]) => {
 
 @browser_test
 def test_200_large_photos_at_once_neither_block_nor_exhaust_it(page):
-    photo = data_of(Image.new('RGB', (4000, 3000), (200, 60, 30)), 'JPEG').rpartition(',')[2]
+    photo = data_of(Image.new('RGB', (2400, 1800), (200, 60, 30)), 'JPEG').rpartition(',')[2]
     with browsing(page) as (tab, _, noise, _):
         tab.set_default_timeout(240_000)
         tab.click('#digits')

@@ -10,15 +10,23 @@ import os
 import re
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = 'executed_with'  # key of the notebooks' metadata, see allowed_metadata_keys in settings.ini
 
 
+@lru_cache
+def _read_notebook(path, changed):
+    "The notebook at `path`, as it was when it was `changed`."
+    return json.loads(path.read_text(encoding='utf-8'))
+
+
 def read_cells(path, kind='code'):
     "The cells of one kind of the notebook at `path`, each with its source as one text."
-    cells = json.loads(Path(path).read_text(encoding='utf-8'))['cells']
+    path = Path(path)
+    cells = _read_notebook(path, path.stat().st_mtime_ns)['cells']
     return [dict(c, source=''.join(c['source'])) for c in cells if c['cell_type'] == kind]
 
 
@@ -64,12 +72,14 @@ def list_imports(tree, package=''):
     return [name for name in names if name.split('.')[0] == 'lora_recycle']
 
 
+@lru_cache
 def read_module(file):
-    "The syntax tree of a module of ours, and the files of ours that it imports."
+    "A module of ours as a text that prose does not change, and the files of ours that it imports."
     tree = ast.parse(file.read_text(encoding='utf-8'))
     package = '.'.join(file.relative_to(ROOT).parent.parts)
     found = {find_module(name) for name in list_imports(tree, package)}
-    return tree, sorted(f for f in found - {None, file} if f.name != '__init__.py')
+    files = sorted(f for f in found - {None, file} if f.name != '__init__.py')
+    return ast.dump(strip_docstrings(tree)), files
 
 
 def compute_stamp(path):
@@ -83,10 +93,11 @@ def compute_stamp(path):
         if file not in seen:
             seen[file], more = read_module(file)
             todo += more
-    modules = [(f.relative_to(ROOT).as_posix(), seen[f]) for f in sorted(seen)]
+    codes = [('', ast.dump(strip_docstrings(tree))) for tree in trees]
+    codes += [(f.relative_to(ROOT).as_posix(), seen[f]) for f in sorted(seen)]
     digest = hashlib.sha256()
-    for name, tree in [*(('', tree) for tree in trees), *modules]:
-        digest.update(f'{name}\n{ast.dump(strip_docstrings(tree))}\n'.encode())
+    for name, code in codes:
+        digest.update(f'{name}\n{code}\n'.encode())
     return digest.hexdigest()[:16]
 
 
