@@ -114,6 +114,9 @@ def test_every_table_is_made(finished, tmp_path, table):
     "All ids on the first of their sets, on each backbone"
     smoke = replace(SCALES['smoke'], shots=(1,))  # in_domain, above, has both
     whole = table_at(table, smoke)
+    if table not in DOMAIN_TABLES and all(len(sources) == 1 for sources, _ in whole.columns):
+        pair = replace(smoke.chain.market, n_loras=2)  # of one set: no need to share four
+        smoke = replace(smoke, chain=replace(smoke.chain, market=pair))
     machine = replace(smoke.machine, executor=Executor('here'))  # as `finished` was made
     place = Place(Cache(finished / 'cache'), machine=machine)
     columns = table_columns(table, smoke, place)
