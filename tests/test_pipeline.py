@@ -19,6 +19,7 @@ import psutil
 import pytest
 from tools import ROOT, list_command, run_cells, try_papermill
 
+from lora_recycle.bench import device
 from lora_recycle.bench.claims import claims_of, judge
 from lora_recycle.bench.methods import METHODS, SCALES
 from lora_recycle.bench.report import write_page
@@ -318,6 +319,25 @@ def test_bad_parameters_end_before_any_work(tmp_path, parameters, words):
     for word in words:
         assert word in str(caught.value)
     assert not list(tmp_path.rglob('rows.csv')) and not list(tmp_path.glob('cache/*/*'))
+
+
+@pytest.mark.parametrize(
+    'scale, precision, found',
+    [
+        ('embedded', 'scale', 'bfloat16'),
+        ('embedded', 'float32', 'float32'),
+        ('smoke', 'auto', 'bfloat16'),
+        ('smoke', 'scale', 'float32'),
+        ('hour', 'scale', 'bfloat16'),
+    ],
+)
+def test_the_precision_is_what_was_asked_for(tmp_path, monkeypatch, scale, precision, found):
+    "At the embedded scale the faster one, unless a run says otherwise"
+    monkeypatch.setattr(device, 'choose_precision', lambda name: 'bfloat16')
+    folders = dict(out_dir=str(tmp_path), cache_dir=str(tmp_path / 'cache'))
+    given = dict(scale=scale, precision=precision, **folders)
+    names = run_cells('run_table.ipynb', "check_folder('cache_dir'", **given)
+    assert names['place'].machine.precision == found
 
 
 def test_a_bad_parameter_ends_the_command(tmp_path):
