@@ -260,7 +260,8 @@ def driver(folder, executor):
 import errands
 from lora_recycle.jobs import Executor, run_jobs
 run_jobs(partial(errands.sleep, {str(folder)!r}), [(0,), (1,), (2,)], {executor})"""
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(HERE), *sys.path])}
+    places = [HERE / 'light', HERE, *sys.path]
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, places))}
     process = subprocess.Popen(
         [sys.executable, '-c', code],
         env=env,
@@ -426,30 +427,31 @@ def test_ray_begins_a_killed_job_anew(ray, tmp_path):
     assert len(set(errands.pids(tmp_path, 2))) == 2
 
 
-def test_ray_gives_the_same_bits(ray, inverted):
+@pytest.fixture(scope='module')
+def joined(ray):
+    "Who has joined before a run stays, and so do its workers: two tests share them"
+    ray.init(log_to_driver=False)
+    yield ray
+    assert ray.is_initialized()
+    ray.shutdown()
+
+
+def test_ray_gives_the_same_bits(joined, inverted):
     assert same_bits(inverted, Executor('ray'))
 
 
-def test_ray_names_what_failed(ray, tmp_path):
-    ray.init(log_to_driver=False)
-    try:
-        found = on(tmp_path, errands.report, range(2), Executor('ray'))
-        assert [(n, threads, device) for n, _, threads, device in found] == [
-            (0, 1, 'cpu'),
-            (1, 1, 'cpu'),
-        ]
-        with pytest.raises(JobError, match=r"fail_at_one\('.*', 1\) failed: .*this and that"):
-            on(tmp_path, errands.fail_at_one, executor=Executor('ray', workers=1))
-        assert errands.times(tmp_path, 2) == 0
-        with pytest.raises(
-            JobError, match=r"suicide\('.*', 1\) failed: it lost its worker 1 times"
-        ):
-            on(tmp_path, errands.suicide, (1,), Executor('ray', retries=0))
-        with pytest.raises(ValueError, match='no GPU is seen'):
-            on(tmp_path, errands.report, executor=Executor('ray'), device='cuda')
-        assert ray.is_initialized()  # who has joined before stays
-    finally:
-        ray.shutdown()
+def test_ray_names_what_failed(joined, tmp_path):
+    found = on(tmp_path, errands.report, range(2), Executor('ray'))
+    expected = [(0, 1, 'cpu'), (1, 1, 'cpu')]
+    assert [(n, threads, device) for n, _, threads, device in found] == expected
+    with pytest.raises(JobError, match=r"fail_at_one\('.*', 1\) failed: .*this and that"):
+        on(tmp_path, errands.fail_at_one, executor=Executor('ray', workers=1))
+    assert errands.times(tmp_path, 2) == 0
+    with pytest.raises(JobError, match=r"suicide\('.*', 1\) failed: it lost its worker 1 times"):
+        on(tmp_path, errands.suicide, (1,), Executor('ray', retries=0))
+    with pytest.raises(ValueError, match='no GPU is seen'):
+        on(tmp_path, errands.report, executor=Executor('ray'), device='cuda')
+    assert joined.is_initialized()
 
 
 def test_a_stopped_run_takes_its_jobs_on_ray_along(ray, tmp_path):
