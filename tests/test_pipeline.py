@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import psutil
 import pytest
-from tools import ROOT, list_command, run_cells, try_papermill
+from tools import ROOT, run_cells, try_papermill
 
 from lora_recycle.bench import device
 from lora_recycle.bench.claims import claims_of, judge
@@ -186,8 +186,7 @@ def test_episodes_give_the_rows_back(finished):
 def small(tmp_path_factory):
     "The same with a few methods: every stage, in less time"
     folder = tmp_path_factory.mktemp('small')
-    code, said = run_table(folder, **FEW)
-    assert code == 0, said[-3000:]
+    run_cells('run_table.ipynb', **choose(folder, **FEW))
     return folder
 
 
@@ -200,11 +199,14 @@ def test_a_few_methods_give_the_rows_of_all(finished, small):
     pd.testing.assert_frame_equal(few, both, check_exact=True)
 
 
-def begin(folder, **parameters):
-    "The same command, not waited for"
-    command = list_command('run_table.ipynb', folder / 'out.ipynb', **choose(folder, **parameters))
-    how = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(command, **how)
+def begin_cells(folder, **parameters):
+    "The cells of a run in a process that has imported all: forked from this one, where it can"
+    how = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
+    process = how.Process(
+        target=run_cells, args=('run_table.ipynb',), kwargs=choose(folder, **parameters)
+    )
+    process.start()
+    return process
 
 
 def list_workers(process):
@@ -222,12 +224,12 @@ def list_workers(process):
 
 def test_a_killed_worker_costs_its_job_only(tmp_path, small):
     "One of two processes is killed as soon as it is at work: the same rows, nothing made twice"
-    process = begin(tmp_path, **FEW, executor='processes', workers=2)
-    while process.poll() is None and not (found := list_workers(process)):
+    process = begin_cells(tmp_path, **FEW, executor='processes', workers=2)
+    while process.is_alive() and not (found := list_workers(process)):
         time.sleep(0.05)
     found[0].kill()
-    said = process.communicate(timeout=900)[0]
-    assert process.returncode == 0, said[-3000:]
+    process.join(900)
+    assert process.exitcode == 0
     pd.testing.assert_frame_equal(rows_of(tmp_path), rows_of(small), check_exact=True)
     stages = [s for s in read_stages(tmp_path) if s['outcome'] == 'made']
     made = [(s['kind'], s['digest']) for s in stages]
@@ -239,16 +241,6 @@ def list_made(folder):
     "Each entry of the cache, and when it was made"
     files = (folder / 'cache').glob('*/*/manifest.json')
     return {(p.parent.parent.name, p.parent.name): p.stat().st_mtime_ns for p in files}
-
-
-def begin_cells(folder, **parameters):
-    "The cells of that run in a process that has imported all: forked from this one, where it can"
-    how = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
-    process = how.Process(
-        target=run_cells, args=('run_table.ipynb',), kwargs=choose(folder, **parameters)
-    )
-    process.start()
-    return process
 
 
 def kill_after(process, folder, stage):
