@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'has_bfloat16', 'multiply_in']
 
-# %% ../nbs/02_precision.ipynb #d964caf6
+# %% ../nbs/02_precision.ipynb #988895d6
 from contextlib import ExitStack, contextmanager
 from collections.abc import Iterator
 
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from .core import check_choice
 
-# %% ../nbs/02_precision.ipynb #3994dd2c
+# %% ../nbs/02_precision.ipynb #f6703686
 PRECISIONS = ('float32', 'bfloat16')
 
 
@@ -28,11 +28,11 @@ def has_bfloat16(
         return True
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
-# %% ../nbs/02_precision.ipynb #880998bf
-_ATTENTION = '_scaled_dot_product_flash_attention_for_cpu'
+# %% ../nbs/02_precision.ipynb #8da355c5
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _NAMES = ('mm', 'bmm', 'addmm', 'baddbmm', 'convolution', 'convolution_backward')
-_NAMES += (_ATTENTION, _ATTENTION + '_backward')
-_PRODUCTS = {getattr(torch.ops.aten, name).default for name in _NAMES}
+_PRODUCTS = {getattr(torch.ops.aten, name).default for name in _NAMES} | {_ATTENTION, _BACKWARD}
 
 
 def _widen(x: Tensor) -> Tensor:
@@ -58,9 +58,12 @@ class _RoundedProducts(TorchDispatchMode):
         if not low or function not in _PRODUCTS:
             return function(*args, **(kwargs or {}))
         wide = tree_map_only(Tensor, _widen, (args, kwargs or {}))
-        return tree_map_only(Tensor, _round, function(*wide[0], **wide[1]))
+        made = function(*wide[0], **wide[1])
+        if function is _ATTENTION:  # the log-sum for its backward pass stays in float32
+            return (_round(made[0]), *made[1:])
+        return tree_map_only(Tensor, _round, made)
 
-# %% ../nbs/02_precision.ipynb #6ff9ac3f
+# %% ../nbs/02_precision.ipynb #c77ef07c
 @contextmanager
 def multiply_in(
     precision: str,  # 'float32' or 'bfloat16'

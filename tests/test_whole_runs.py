@@ -104,6 +104,23 @@ def test_rounded_products_are_those_of_bfloat16(monkeypatch):
     assert 0.5 < differ(found[False], exact) / apart < 2
 
 
+def test_attention_is_as_near_to_float32_as_torchs_own(monkeypatch):
+    "What its backward pass needs of the softmax stays in float32, as torch keeps it"
+    q, k, v = 3 * torch.randn(3, 2, 2, 40, 16, generator=generator(0, 'attention'))
+
+    def find_gradients():
+        given = [x.clone().requires_grad_() for x in (q, k, v)]
+        x = torch.nn.functional.scaled_dot_product_attention(*given)
+        return torch.cat(torch.autograd.grad(x.float().square().sum(), given))
+
+    exact, gaps = find_gradients(), []
+    for there in (True, False):
+        monkeypatch.setattr(precision, 'has_bfloat16', lambda device: there)
+        with multiply_in('bfloat16', 'cpu'):
+            gaps.append(differ(find_gradients(), exact))
+    assert 1e-3 < gaps[1] < 1.1 * gaps[0], gaps
+
+
 def test_nothing_is_rounded_in_float32_nor_afterwards(monkeypatch):
     monkeypatch.setattr(precision, 'has_bfloat16', lambda device: False)
     a, b = torch.randn(2, 9, 9, generator=generator(0))

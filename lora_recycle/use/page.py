@@ -38,7 +38,8 @@ from ..suite.miniature import PHOTO, load_miniature
 from ..suite.reading import read_image
 from .calibration import squared_distances
 from .classifier import PrototypeClassifier, check_lora
-from .exchange import Limits, backbone_from_hf, parse_json, read_market
+from .exchange import Limits, backbone_from_hf, parse_json
+from .exchange import read_json, read_market
 from .inputs import image_tensor
 from .recycling import load_meta_lora
 
@@ -590,12 +591,15 @@ def main(
     for name, option in _OPTIONS.items():
         parser.add_argument(name, **option)
     given = parser.parse_args(args)
+    limits = Limits(links=given.links)
     try:
+        temperature = _read_temperature(given.temperature)
+        if given.meta:  # before a backbone is loaded for it, which takes seconds
+            read_json(Path(given.meta).expanduser() / 'meta.json', limits)
         backbone = given.backbone or PHOTO
         if backbone not in _MARKETS:
             backbone = backbone_from_hf(backbone)
-        temperature = _read_temperature(given.temperature)
-        page = make_page(backbone, given.meta, temperature, Limits(links=given.links))
+        page = make_page(backbone, given.meta, temperature, limits)
         serve_page(page, given.port, given.open)
     except (ValueError, FileNotFoundError) as err:
         parser.exit(2, f'{err}\n')
