@@ -98,7 +98,7 @@ class Scale:
     votes: tuple = WEIGHTS  # of neighbours in LaplacianShot, of which validation classes choose
     sampler: str = 'equal'  # of test episodes, of `episodes.SAMPLERS`; 'meta': ways, shots vary
     machine: Machine = Machine()  # unless a run says otherwise
-    products: str = ''  # 'auto': in the precision that is faster on the device
+    precision: str = ''  # 'auto': the faster one of the device; '': what `machine` says
     columns: tuple = ()  # of one's own sets, see `tables.choose_columns`; (): those of the table
     backbone: str = ''  # in place of those of the table
     hours: float = 0.0  # that its tables are meant to take on one GPU; 0: not said
@@ -124,7 +124,7 @@ SCALES = {
         merge=MergeGrid((0.5, 1.0), (0.5,), 4, 2),
         machine=Machine(chunk=2),
     ),
-    'embedded': Scale(SETTINGS['embedded'], products='auto'),
+    'embedded': Scale(SETTINGS['embedded'], precision='auto'),
     'photos': Scale(SETTINGS['photos'], suite='photos'),
     'photos-quick': Scale(SETTINGS['photos-quick'], suite='photos', machine=Machine(chunk=2)),
     'paper': Scale(
