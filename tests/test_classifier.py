@@ -22,7 +22,7 @@ import lora_recycle
 from lora_recycle.use import classifier
 from lora_recycle.use.classifier import FewShotClassifier, PrototypeClassifier
 from lora_recycle.core import digest, generator, save_tensors
-from lora_recycle.use.calibration import squared_distances
+from lora_recycle.use.calibration import measure_spread, squared_distances
 from lora_recycle.use.inputs import image_tensor
 from lora_recycle.suite.evaluate import embed, nearest_prototype
 from lora_recycle.suite.episodes import Episodes
@@ -652,10 +652,19 @@ def test_probabilities_are_calibrated_unless_a_temperature_is_given(backbone):
 
 def test_a_single_class_and_twins_have_a_temperature(backbone):
     same = noise(1).expand(4, -1, -1, -1)
-    for labels in ([0, 0, 0, 0], [0, 1, 0, 1]):
+    for labels in ([0, 0, 0, 0], [0, 1, 0, 1], [0, 1, 1, 1]):
         model = FewShotClassifier(backbone, reject=-1).fit(same, labels)
         assert np.isfinite(model.predict_proba(noise(3))).all() and model.temperature_ > 0
         assert model.predict(noise(3)).tolist() == [0, 0, 0]
+
+
+def test_what_rounding_leaves_between_prototypes_is_no_spread():
+    "Processors differ in the last bits of a product: the same images lie up to that far apart"
+    prototypes = torch.randn(1, 64, generator=generator(0)).expand(3, -1)
+    rounded = prototypes * (1 + 1e-7 * torch.tensor([[-1.0], [0.0], [1.0]]))
+    assert measure_spread(rounded) == measure_spread(prototypes[:1]) == 0
+    apart = prototypes + 1e-3 * torch.eye(64)[:3]
+    assert measure_spread(apart) == pytest.approx(2e-6, rel=1e-3)
 
 
 @pytest.mark.parametrize(
