@@ -8,16 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from tiny import noise, tiny
 from tools import run_cells
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lora_recycle import precision
 from lora_recycle.bench.results import read_rows
 from lora_recycle.bench.watch import keep_busy, list_family, watch_memory
-from lora_recycle.core import generator
-from lora_recycle.method.backbone import encode, normalise
 from lora_recycle.precision import multiply_in
 
 RUN = subprocess.run
@@ -73,68 +68,6 @@ def test_bad_parameters_end_before_any_run(tmp_path, parameters, words):
     with pytest.raises(ValueError) as caught:
         run_cells('whole_runs.ipynb', 'def time_run', **given)
     assert all(word in str(caught.value) for word in words)
-
-
-# ---- products in bfloat16
-
-
-def differ(x, y):
-    return ((x.float() - y).norm() / y.norm()).item()
-
-
-def find_gradient(backbone, images):
-    "Of the squared features, by the images"
-    x = normalise(images, backbone).requires_grad_()
-    features = encode(backbone, x).features.float()
-    return torch.autograd.grad(features.square().sum(), x)[0]
-
-
-def test_rounded_products_are_those_of_bfloat16(monkeypatch):
-    "A transformer's features and gradients are as far from float32 as torch's own, on the same side"
-    backbone, images = tiny(), noise(6)
-    exact = find_gradient(backbone, images)
-    found = {}
-    for there in (True, False):
-        monkeypatch.setattr(precision, 'has_bfloat16', lambda device: there)
-        with multiply_in('bfloat16', 'cpu'):
-            assert (_get_current_dispatch_mode() is None) == there
-            found[there] = find_gradient(backbone, images)
-    apart = differ(found[True], exact)
-    assert 1e-3 < apart < 0.1
-    assert differ(found[False], found[True]) < apart
-    assert 0.5 < differ(found[False], exact) / apart < 2
-
-
-def test_attention_is_as_near_to_float32_as_torchs_own(monkeypatch):
-    "What its backward pass needs of the softmax stays in float32, as torch keeps it"
-    q, k, v = 3 * torch.randn(3, 2, 2, 40, 16, generator=generator(0, 'attention'))
-
-    def find_gradients():
-        given = [x.clone().requires_grad_() for x in (q, k, v)]
-        x = torch.nn.functional.scaled_dot_product_attention(*given)
-        return torch.cat(torch.autograd.grad(x.float().square().sum(), given))
-
-    exact, gaps = find_gradients(), []
-    for there in (True, False):
-        monkeypatch.setattr(precision, 'has_bfloat16', lambda device: there)
-        with multiply_in('bfloat16', 'cpu'):
-            gaps.append(differ(find_gradients(), exact))
-    assert 1e-3 < gaps[1] < 1.1 * gaps[0], gaps
-
-
-def test_nothing_is_rounded_in_float32_nor_afterwards(monkeypatch):
-    monkeypatch.setattr(precision, 'has_bfloat16', lambda device: False)
-    a, b = torch.randn(2, 9, 9, generator=generator(0))
-    with multiply_in('float32', 'cpu'):
-        assert torch.equal(a @ b, torch.matmul(a, b)) and _get_current_dispatch_mode() is None
-    with pytest.raises(KeyError):
-        with multiply_in('bfloat16', 'cpu'):
-            assert (a @ b).dtype == torch.bfloat16
-            raise KeyError
-    assert (a @ b).dtype == torch.float32 and _get_current_dispatch_mode() is None
-    with pytest.raises(ValueError, match="precision='half'.*'bfloat16'"):
-        with multiply_in('half', 'cpu'):
-            pass
 
 
 # ---- memory of processes, and a busy machine

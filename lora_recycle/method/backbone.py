@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OPENAI_MEAN', 'OPENAI_STD', 'RULES', 'StemConv', 'Backbone', 'normalise', 'denormalise', 'embed_patches',
            'lora_delta', 'cls_scores', 'check_plan', 'check_kept', 'gather_tokens', 'most_attended', 'least_attended',
-           'random_patches', 'patch_rule', 'Encoded', 'encode', 'encode_tokens', 'from_open_clip', 'blank_dropped']
+           'random_patches', 'patch_rule', 'Encoded', 'encode', 'encode_tokens', 'round_weights', 'from_open_clip',
+           'blank_dropped']
 
 # %% ../../nbs/1_method/01_backbone.ipynb #f21f93ef
 import math
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ..core import check_choice, check_int, digest, send
 from .lora import LoRA
+from ..precision import is_low
 
 # %% ../../nbs/1_method/01_backbone.ipynb #20b00001
 @dataclass(frozen=True)
@@ -247,9 +249,18 @@ def lora_delta(
     return torch.bmm(torch.bmm(grouped, A), B).view(*x.shape[:-1], -1)
 
 # %% ../../nbs/1_method/01_backbone.ipynb #20b0000f
+def _write_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    "Softmax attention of heads [B,H,N,d] as two products in bfloat16."
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v = (t.bfloat16() for t in (q, k, v))
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        return scores.softmax(-1) @ v
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     "Softmax attention of heads [B,H,N,d]; fused where it pays."
-    return F.scaled_dot_product_attention(q, k, v)
+    slow = q.device.type == 'cpu' and is_low('cpu') and q.requires_grad
+    return _write_out(q, k, v) if slow else F.scaled_dot_product_attention(q, k, v)
 
 
 def cls_scores(
@@ -536,6 +547,17 @@ def encode_tokens(
 ) -> Encoded:  # with the tokens after each layer
     "As `encode`, and the residual stream after each layer, all tokens of the last one too."
     return _forward(backbone, images, lora, plan, keep, select, with_tokens=True)
+
+# %% ../../nbs/1_method/01_backbone.ipynb #f8a19bb3
+def round_weights(
+    backbone: Backbone,  # frozen
+) -> Backbone:  # itself where products are in float32
+    "The backbone with the weights of its products rounded as these will round them."
+    if not is_low(backbone.device):
+        return backbone
+    factors = {k for k in backbone.weights if k == 'proj' or k.endswith('weight')}
+    low = {k: w.bfloat16() for k, w in backbone.weights.items() if k in factors and w.ndim > 1}
+    return replace(backbone, weights=backbone.weights | low)
 
 # %% ../../nbs/1_method/01_backbone.ipynb #db7b85b4
 def from_open_clip(

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core import Adam, check_choice, check_int, send
-from .backbone import Backbone, encode, normalise
+from .backbone import Backbone, encode, normalise, round_weights
 from .inversion import affine_view
 from .lora import LoRA, average_products, new_lora, only_layers, truncate_rank
 from .market import head_logits
@@ -410,6 +410,7 @@ def distill(
     loss_of: Callable = task_loss,  # (student, teachers, task, config) -> loss, accuracy
 ) -> tuple[LoRA, Tensor]:  # the meta-LoRA, and its curve as of `meta_train`
     "Meta-train one LoRA."
+    backbone = round_weights(backbone)
     layers = config.layers or tuple(range(backbone.layers))
     lora = first_lora(backbone, teachers, config, gen)
     lora = lora.map(lambda t: t.clone().to(backbone.device).requires_grad_())

@@ -11,7 +11,7 @@ __all__ = ['SMI_DROP', 'bn_gaps', 'bn_prior', 'token_prior', 'total_variation', 
 # %% ../../nbs/1_method/03_inversion.ipynb #a97b3fb9
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +28,35 @@ from lora_recycle.method.backbone import (
     most_attended,
     normalise,
     patch_rule,
+    round_weights,
 )
 from .lora import LoRA
 from .market import head_logits
+from ..precision import ready_network
 
 # %% ../../nbs/1_method/03_inversion.ipynb #12dd5935
+class _Moments(torch.autograd.Function):
+    "Mean and mean square [B,c] over the pixels of x [B,c,h,w], their gradient in one sweep."
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
+        "In float32 at least."
+        ctx.save_for_backward(x)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        return x.mean((2, 3), dtype=exact), x.square().mean((2, 3), dtype=exact)
+
+    @staticmethod
+    def backward(ctx, of_mean: Tensor, of_square: Tensor) -> Tensor:
+        "From twice [B,c] to x."
+        (x,) = ctx.saved_tensors
+        pixels = x.shape[2] * x.shape[3]
+        shift, slope = (t[..., None, None].to(x.dtype) for t in (of_mean, 2 * of_square))
+        return torch.addcmul(shift / pixels, x, slope / pixels)
+
+
 def _bn_gap(bn: nn.BatchNorm2d, x: Tensor, groups: int) -> Tensor:
     "Distance of input x [B,c,h,w] of a batch-norm layer to what it has stored: [groups]."
-    mean, square = (t.mean((2, 3)).view(groups, -1, x.shape[1]).mean(1) for t in (x, x.square()))
+    mean, square = (t.view(groups, -1, x.shape[1]).mean(1) for t in _Moments.apply(x))
     var = square - mean.square()  # torch.var_mean over images and pixels takes three times as long
     return (var - bn.running_var).norm(dim=1) + (mean - bn.running_mean).norm(dim=1)
 
@@ -531,6 +552,9 @@ def invert(
 ) -> Inverted:
     "Images of the classes of M LoRAs, from noise."
     check_priors(config, priors)
+    backbone = round_weights(backbone)
+    if priors.network is not None:
+        priors = replace(priors, network=ready_network(priors.network, backbone.device))
     teachers = teachers.map(lambda t: t.to(backbone.device))
     labels = torch.arange(teachers.W.shape[-1], device=backbone.device)
     labels = labels.repeat_interleave(config.per_class).repeat(teachers.size)
