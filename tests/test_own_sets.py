@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import layouts
 import numpy as np
@@ -15,6 +16,7 @@ from lora_recycle.bench.results import read_rows
 from lora_recycle.bench.tables import (
     Place,
     choose_columns,
+    list_cells,
     name_columns,
     own_scale,
     read_shots,
@@ -244,6 +246,21 @@ def test_scales_of_ones_own():
     for how in (dict(backbone='ViT-B-16'), dict(shots=(51,)), dict(shots=(0,))):
         with pytest.raises(ValueError, match='backbone|shots'):
             own_scale('photos', columns, **how)
+
+
+@pytest.mark.parametrize('name', SCALES)
+def test_shots_that_inversion_has_too_few_images_for_are_told_before_any_work(name):
+    scale = SCALES[name]
+    size = scale.chain.invert.per_class, scale.chain.distill.n_query
+    cells = lambda shots, *methods: list_cells(
+        table_at('interpolation', scale), [(None, 'a')], methods, replace(scale, shots=shots)
+    )
+    assert {cell.shot for cell in cells(scale.shots, 'recycle', 'nn')} == {*scale.shots}
+    most = size[0] - size[1]
+    assert len(cells((most,), 'recycle')) == 1
+    with pytest.raises(ValueError, match=f'inverts {size[0]}.*fewer shots'):
+        cells((1, most + 1), 'nn', 'recycle-average')
+    assert len(cells((most + 1,), 'nn', 'average')) == 2  # they need no images
 
 
 # ---- counted before any work

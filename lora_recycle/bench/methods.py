@@ -126,7 +126,9 @@ SCALES = {
     ),
     'embedded': Scale(SETTINGS['embedded'], precision='auto'),
     'photos': Scale(SETTINGS['photos'], suite='photos'),
-    'photos-quick': Scale(SETTINGS['photos-quick'], suite='photos', machine=Machine(chunk=2)),
+    'photos-quick': Scale(
+        SETTINGS['photos-quick'], suite='photos', shots=(1,), machine=Machine(chunk=2)
+    ),
     'paper': Scale(
         SETTINGS['paper'],
         suite='paper',

@@ -85,6 +85,7 @@ from lora_recycle.method.chain import (
     Machine,
     Recipe,
     Tuned,
+    apply_recipe,
     chain_on,
     compute,
     weights_file,
@@ -1021,16 +1022,34 @@ def table_columns(
     return [(chains[name, sources], target) for name, (sources, target) in pairs]
 
 # %% ../../nbs/5_bench/04_tables.ipynb #a19536f4
+def _check_pool(cell: Cell):
+    "ValueError, before an hour of inversion, if it makes too few images for a task."
+    recipe = cell.method.recipe
+    if recipe is None:
+        return
+    settings = apply_recipe(cell.scale.chain, recipe)
+    needed = max(cell.shot, 1) + settings.distill.n_query
+    if settings.invert.per_class < needed:
+        raise ValueError(
+            f'{cell.method.title}: a {cell.shot}-shot task of meta-training takes {needed} images '
+            f'of a class, and scale {cell.scale.name!r} inverts {settings.invert.per_class}. '
+            'Give fewer shots, such as shots=1, or another scale.'
+        )
+
+
 def list_cells(
     table: Table,  # what is compared
     columns: list,  # of (chain, target)
     methods: tuple,  # ids
     scale: Scale,  # all sizes
 ) -> list[Cell]:
-    "All cells, in the order of the rows."
+    "All cells, in the order of the rows; ValueError for shots that no task can have."
     shots = table.shots or scale.shots
     order = itertools.product(columns, shots, methods)
-    return [Cell(chain, target, METHODS[m], shot, scale) for (chain, target), shot, m in order]
+    cells = [Cell(chain, target, METHODS[m], shot, scale) for (chain, target), shot, m in order]
+    for cell in cells:
+        _check_pool(cell)
+    return cells
 
 
 def accuracy_rows(
