@@ -1021,7 +1021,7 @@ def table_columns(
     pairs = itertools.product(backbones, chosen.columns)
     return [(chains[name, sources], target) for name, (sources, target) in pairs]
 
-# %% ../../nbs/5_bench/04_tables.ipynb #a19536f4
+# %% ../../nbs/5_bench/04_tables.ipynb #0e1f4472
 def _check_pool(cell: Cell):
     "ValueError, before an hour of inversion, if it makes too few images for a task."
     recipe = cell.method.recipe
@@ -1036,7 +1036,7 @@ def _check_pool(cell: Cell):
             'Give fewer shots, such as shots=1, or another scale.'
         )
 
-
+# %% ../../nbs/5_bench/04_tables.ipynb #a19536f4
 def list_cells(
     table: Table,  # what is compared
     columns: list,  # of (chain, target)
