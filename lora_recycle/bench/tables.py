@@ -1051,7 +1051,7 @@ def list_cells(
         _check_pool(cell)
     return cells
 
-
+# %% ../../nbs/5_bench/04_tables.ipynb #5bdb3c44
 def accuracy_rows(
     cell: Cell,  # a method on a set
     answers: dict,  # of `answer_cell`
