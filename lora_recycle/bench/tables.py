@@ -90,6 +90,8 @@ from lora_recycle.method.chain import (
     compute,
     weights_file,
 )
+
+# %% ../../nbs/5_bench/04_tables.ipynb #b1c24862
 from ..method.inversion import InvertConfig, count_alive, sparse_patches
 from ..method.lora import average_products, new_lora
 from ..method.market import head_logits
