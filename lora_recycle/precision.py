@@ -84,7 +84,8 @@ def is_low(
     device,  # 'cpu', 'cuda', ...
 ) -> bool:
     "Whether products are in bfloat16 at this place of a program."
-    return torch.is_autocast_enabled(torch.device(device).type)
+    kind = torch.device(device).type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def ready_network(

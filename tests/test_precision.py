@@ -15,7 +15,7 @@ from lora_recycle.method import backbone as backbones
 from lora_recycle.method import inversion
 from lora_recycle.method.backbone import encode, normalise, round_weights
 from lora_recycle.method.inversion import InvertConfig, Priors, bn_prior, invert
-from lora_recycle.precision import multiply_in, ready_network
+from lora_recycle.precision import is_low, multiply_in, ready_network
 
 
 def differ(x, y):
@@ -112,6 +112,12 @@ def test_weights_are_rounded_once_and_only_those_of_products():
     assert {'positional_embedding', 'class_embedding'} <= kept and 'proj' not in kept
     assert all(low.weights[k].ndim == 1 or k == 'positional_embedding' for k in kept)
     assert round_weights(backbone) is backbone
+
+
+def test_a_device_that_autocast_does_not_know_multiplies_in_float32():
+    assert not is_low('meta') and not is_low('cpu')
+    with multiply_in('bfloat16', 'cpu'):
+        assert is_low('cpu') and not is_low('meta')
 
 
 def test_a_prior_keeps_its_statistics_and_is_not_changed():
