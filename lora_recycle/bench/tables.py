@@ -983,9 +983,7 @@ def own_scale(
     if check_choice('sampler', sampler, SAMPLERS) == 'meta':
         shots = _choose_shot(shots, scale.shots)
     shots = tuple(check_int('shots', shot, 1, 50) for shot in shots) or scale.shots
-    n_sets = max([1, *(len(sources) for sources, _ in columns)])
-    n_loras = -(-scale.chain.market.n_loras // n_sets) * n_sets
-    chain = replace(scale.chain, market=replace(scale.chain.market, n_loras=n_loras))
+    chain = scale.chain
     if chain.per_class:
         chain = replace(chain, per_class=max(chain.per_class, max(shots) + scale.n_query))
     changes = dict(chain=chain, shots=shots, columns=columns or scale.columns, sampler=sampler)

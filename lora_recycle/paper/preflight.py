@@ -45,6 +45,7 @@ from lora_recycle.method.chain import (
     Recipe,
     Settings,
     apply_recipe,
+    share_loras,
     weights_file,
 )
 from ..method.distill import worth_caching_teachers
@@ -342,7 +343,7 @@ def _add_stages(ledger: _Ledger, name: str, case: _Case, method: Method, sources
     needs = list_needs(method, case.settings.public)
     market = case.settings.market
     named = method.family == 'zero-shot'
-    each = market.n_loras // len(sources)
+    each = share_loras(market.n_loras, len(sources))
     n = each if case.machine.tune_chunk or named else market.n_loras
     for source in sources:
         if 'market' in needs:

@@ -38,7 +38,7 @@ from lora_recycle.rivals.finetune import (
     gated_lora,
 )
 from ..suite.images import ImageSet
-from ..suite.miniature import MINIATURES, load_clip, tokenise
+from ..suite.miniature import MINIATURES, SHIPPED, load_clip, tokenise
 
 # %% ../../nbs/4_rivals/02_text.ipynb #24c6ae75
 def _spell(data: ImageSet, prompt: bool) -> list[str]:
@@ -58,8 +58,8 @@ def name_texts(
         clip = load_clip(name)
         texts = clip.encode_text(tokenise(_spell(data, prompt)))
         return clip.logit_scale.exp() * F.normalize(texts, dim=-1)
-    tower = read_text_tower(chain.backbone, weights_file(chain.files.weights, name))
-    return tower.read_names(data.classes)
+    weights = None if name in SHIPPED else weights_file(chain.files.weights, name)
+    return read_text_tower(chain.backbone, weights).read_names(data.classes)
 
 # %% ../../nbs/4_rivals/02_text.ipynb #8c1a6e2e
 def with_texts(
