@@ -30,7 +30,8 @@ from lora_recycle.bench.claims import (
     judge_folder,
     list_starts,
 )
-from lora_recycle.bench.index import draw_claims, find_picture, map_places, write_claims
+from lora_recycle.bench.index import draw_claims, find_picture, judge_photos, map_places
+from lora_recycle.bench.index import write_claims
 from lora_recycle.bench.methods import METHODS, SCALES
 from lora_recycle.bench.report import EXHIBITS
 from lora_recycle.bench.results import (
@@ -257,6 +258,18 @@ def test_the_page_and_the_picture_show_every_line(tmp_path):
     assert told in page
     drawn = [t.get_text() for ax in draw_claims(judged).axes for t in ax.get_yticklabels()]
     assert [t.rsplit('  (', 1)[0] for t in drawn] == list(dict.fromkeys(judged['claim']))
+
+
+def test_a_line_on_photos_is_of_the_run_with_most_seeds(tmp_path):
+    "And one that a single run has is of that run."
+    gains = {'nn': 0, 'recycle': 4}
+    write_invented(tmp_path / 'photos', gains | {'average': 8})
+    for seed in (0, 1):
+        write_invented(tmp_path / 'photos' / 'quick', gains, seed=seed)
+    found = judge_photos(tmp_path, Drawing(100)).set_index(['claim', 'shot'])['n_seeds']
+    assert found['In domain, recycling beats NN', 1] == 2
+    assert found['In domain, recycling beats LoRAs Avg + NN', 1] == 1
+    assert not found.index.duplicated().any() and judge_photos(tmp_path / 'photos') is None
 
 
 def test_every_table_and_figure_of_the_paper_has_a_place():

@@ -16,6 +16,14 @@ from lora_recycle.method.backbone import (
     normalise,
     patch_rule,
 )
+from lora_recycle.method.chain import (
+    SETTINGS,
+    Chain,
+    Named,
+    Tuned,
+    list_tune_inputs,
+    shipped_market,
+)
 from lora_recycle.method.distill import (
     DistillConfig,
     Embedder,
@@ -63,8 +71,8 @@ from lora_recycle.method.lora import (
     unpack_lora,
     widen_targets,
 )
-from lora_recycle.method.market import MarketConfig, tune_market
-from lora_recycle.suite.images import load_set
+from lora_recycle.method.market import MarketConfig, private_data, teacher_accuracy, tune_market
+from lora_recycle.suite.images import IN_DOMAIN, load_set
 from lora_recycle.suite.miniature import load_miniature, load_prior, load_token_stats
 
 L, D, H = 4, 128, 512  # of the miniature
@@ -569,3 +577,44 @@ def test_the_teachers_features_under_its_head_are_its_answers(backbone, pool):
     asked = teacher_log_probs(Embedder(backbone, market), task, shot=1)
     features = Embedder(backbone, market[m[:, 0]]).features(task.images[:, :, 1:])
     torch.testing.assert_close(head_log_probs(features, market, task), asked, atol=1e-4, rtol=0)
+
+
+def darken(data, share):
+    "The set with a share of its pixels one grey level off, as another processor draws it."
+    hit = torch.rand(data.images.shape, generator=generator(0, 'pixels')) < share
+    return replace(data, images=(data.images.int() - hit.int()).clamp(min=0).to(torch.uint8))
+
+
+@pytest.mark.parametrize('name', IN_DOMAIN)
+def test_the_shipped_market_is_known_where_images_round_otherwise(name):
+    "And is not taken for other images, other labels, another config or another seed."
+    chain = Chain(load_miniature(), Tuned((name,)))
+    (inputs,) = list_tune_inputs(chain)
+    market = shipped_market(inputs, chain.data)
+    assert market is not None, 'a first run of the main job would tune it again'
+    near = shipped_market(replace(inputs, data='other bits'), darken(chain.data, 0.001))
+    assert all(torch.equal(near[k], market[k]) for k in market)
+    assert shipped_market(inputs, darken(chain.data, 0.1)) is None
+    turned = replace(chain.data, labels=chain.data.labels.flip(0))
+    assert shipped_market(inputs, turned) is None
+    assert shipped_market(replace(inputs, seed=1), chain.data) is None
+    longer = replace(inputs, config=replace(inputs.config, steps=61))
+    assert shipped_market(longer, chain.data) is None
+
+
+def test_shipped_loras_know_their_classes_on_this_machine():
+    "The accuracies that the manifest tells, on images as this processor draws them."
+    chain = Chain(load_miniature(), Tuned(('armenian',)))
+    market = chain.market()
+    _, _, held = private_data(chain.data, chain.settings.market, 0)
+    found = teacher_accuracy(chain.backbone, market.lora, chain.data.images[held])
+    assert (found - market.accuracy).abs().max() < 0.03
+
+
+@pytest.mark.parametrize('source', [Tuned, Named])
+def test_sources_that_do_not_divide_a_market_share_it(source):
+    "Six LoRAs of four sets: two of each."
+    settings = SETTINGS['smoke']
+    settings = replace(settings, market=replace(settings.market, n_loras=6, steps=1))
+    market = Chain(load_miniature(), source(IN_DOMAIN), settings).market()
+    assert market.lora.size == 8

@@ -236,7 +236,6 @@ def test_shots_that_are_none(text):
 def test_scales_of_ones_own():
     columns = choose_columns('a|b|c|d', 'e')
     assert own_scale('embedded', columns).name == 'photos'
-    assert own_scale('smoke', columns).chain.market.n_loras == 8  # a multiple of the sources
     glyphs = own_scale('smoke', columns, 'miniature')
     assert (glyphs.name, glyphs.backbone) == ('smoke', 'miniature')
     paper = own_scale('paper', columns)

@@ -28,7 +28,7 @@ from lora_recycle.rivals.text import (
 from lora_recycle.suite.episodes import EpisodeSize, draw_episodes
 from lora_recycle.suite.evaluate import embed_used
 from lora_recycle.suite.images import ImageSet, load_set
-from lora_recycle.suite.miniature import load_clip, load_miniature, tokenise
+from lora_recycle.suite.miniature import PHOTO, load_clip, load_miniature, tokenise
 
 CONFIG = DistillConfig(steps=6, tasks=2, n_query=2, rank=4, cycle=6, warmup=2, lr=4e-3, flip=0.0)
 
@@ -302,3 +302,11 @@ def test_names_of_latin_letters_are_found(run):
         for d in (named, turned)
     ]
     assert right[0] > right[1]
+
+
+def test_names_are_read_by_the_backbone_for_photos_too(tmp_path):
+    "Its text tower ships: no file is looked for, and a table can have the row."
+    chain = Chain(load_miniature(PHOTO), Named(('greek',)), SETTINGS['smoke'], store=Cache(tmp_path))
+    texts = name_texts(chain, load_set('digits', per_class=1))
+    assert texts.shape == (10, chain.backbone.out_dim) and texts.isfinite().all()
+    assert torch.allclose(texts.norm(dim=1), texts.norm(dim=1)[0])

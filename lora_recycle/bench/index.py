@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'VERDICT_COLOURS', 'SECTIONS', 'SCALE_WORDS', 'count_verdicts', 'glance_claims', 'draw_claims',
-           'find_sections', 'compare_photos', 'write_claims', 'find_picture', 'list_stale', 'map_places', 'list_others',
-           'write_index']
+           'find_sections', 'judge_photos', 'compare_photos', 'write_claims', 'find_picture', 'list_stale',
+           'map_places', 'list_others', 'write_index']
 
 # %% ../../nbs/5_bench/10_index.ipynb #bbb1d407
 import os
@@ -17,7 +17,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .claims import CLAIMS, OUR_FINDING, Verdict, list_starts
+from .claims import CLAIMS, OUR_FINDING, Drawing, Verdict
+from .claims import judge_folder, list_starts
 from .report import EXHIBITS, Exhibit, write_markdown
 from .results import read_rows
 from .runs import missing_parts, read_record, read_runs, write_command
@@ -214,6 +215,21 @@ def _write_lines(part: pd.DataFrame, stale: tuple = ()) -> str:
         lines.append([*words, *_write_figures(r), known(r.n_seeds)])
     return write_markdown(head, lines, 6)
 
+# %% ../../nbs/5_bench/10_index.ipynb #a1c22a1c
+def judge_photos(
+    results_dir,  # such as results
+    drawing: Drawing = Drawing(),  # of the intervals
+) -> pd.DataFrame | None:  # see `claims.judge`; only lines with rows; None: there are no photos
+    "All claims on photos, each line by the run that has most seeds."
+    folders = [Path(results_dir, 'photos'), Path(results_dir, 'photos', 'quick')]
+    found = [judge_folder(folder, drawing) for folder in folders if folder.is_dir()]
+    if not found:
+        return None
+    run = pd.concat([lines[lines['difference'].notna()] for lines in found])
+    run = run.sort_values('n_seeds', ascending=False, kind='stable')
+    run = run.drop_duplicates(['claim', 'start', 'shot']).sort_index(kind='stable')
+    return run.reset_index(drop=True)
+
 # %% ../../nbs/5_bench/10_index.ipynb #c5a36fcc
 def compare_photos(
     judged: pd.DataFrame,  # see `claims.judge`
@@ -227,10 +243,12 @@ def compare_photos(
     both = run[0].merge(run[1], on=keys, suffixes=('', '_photos'))
     same = int((both['verdict'] == both['verdict_photos']).sum())
     opposed = [{'holds', 'fails'} == {*pair} for pair in zip(both.verdict, both.verdict_photos)]
+    lines = run[1]['n_seeds'].value_counts().items()
+    seeds = ', '.join(f'{n} by {k:.0f} seed' + 's' * (k > 1) for k, n in lines)
     return (
-        f'On **photos** ({len(run[1])} lines, `results/photos`): {count_verdicts(run[1])}. Of the '
-        f'{len(both)} lines that glyphs have, too, {same} have the same verdict and '
-        f'{sum(opposed)} the opposite one.\n\n'
+        f'On **photos** ({len(run[1])} lines, {seeds}; `results/photos`): '
+        f'{count_verdicts(run[1])}. Of the {len(both)} lines that glyphs have, too, {same} have '
+        f'the same verdict and {sum(opposed)} the opposite one.\n\n'
     )
 
 # %% ../../nbs/5_bench/10_index.ipynb #0484b8d0

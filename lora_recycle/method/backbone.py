@@ -249,7 +249,7 @@ def lora_delta(
     return torch.bmm(torch.bmm(grouped, A), B).view(*x.shape[:-1], -1)
 
 # %% ../../nbs/1_method/01_backbone.ipynb #20b0000f
-def _write_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     "Softmax attention of heads [B,H,N,d] as two products in bfloat16."
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = (t.bfloat16() for t in (q, k, v))
@@ -260,7 +260,7 @@ def _write_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     "Softmax attention of heads [B,H,N,d]; fused where it pays."
     slow = q.device.type == 'cpu' and is_low('cpu') and q.requires_grad
-    return _write_out(q, k, v) if slow else F.scaled_dot_product_attention(q, k, v)
+    return _attend_plainly(q, k, v) if slow else F.scaled_dot_product_attention(q, k, v)
 
 
 def cls_scores(

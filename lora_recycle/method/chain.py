@@ -362,7 +362,7 @@ def shipped_network(
     net = load_prior(name)
     return net if name == 'miniature' else nn.Sequential(_Renormalise(backbone), net)
 
-# %% ../../nbs/1_method/05_chain.ipynb #1c72f2c7
+# %% ../../nbs/1_method/05_chain.ipynb #52f036c2
 def share_loras(
     n_loras: int,  # of the whole market
     n_sets: int,  # that they are tuned on
@@ -370,7 +370,7 @@ def share_loras(
     "How many LoRAs each of several sets has: as many as every other, and together no fewer."
     return -(-n_loras // n_sets)
 
-
+# %% ../../nbs/1_method/05_chain.ipynb #1c72f2c7
 @dataclass(frozen=True)
 class Tuned:
     "LoRAs that are tuned here, on the training classes of image sets."

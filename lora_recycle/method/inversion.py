@@ -35,7 +35,7 @@ from .market import head_logits
 from ..precision import ready_network
 
 # %% ../../nbs/1_method/03_inversion.ipynb #12dd5935
-class _Moments(torch.autograd.Function):
+class _PixelMoments(torch.autograd.Function):
     "Mean and mean square [B,c] over the pixels of x [B,c,h,w], their gradient in one sweep."
 
     @staticmethod
@@ -56,7 +56,7 @@ class _Moments(torch.autograd.Function):
 
 def _bn_gap(bn: nn.BatchNorm2d, x: Tensor, groups: int) -> Tensor:
     "Distance of input x [B,c,h,w] of a batch-norm layer to what it has stored: [groups]."
-    mean, square = (t.view(groups, -1, x.shape[1]).mean(1) for t in _Moments.apply(x))
+    mean, square = (t.view(groups, -1, x.shape[1]).mean(1) for t in _PixelMoments.apply(x))
     var = square - mean.square()  # torch.var_mean over images and pixels takes three times as long
     return (var - bn.running_var).norm(dim=1) + (mean - bn.running_mean).norm(dim=1)
 
