@@ -244,7 +244,7 @@ def compare_photos(
     same = int((both['verdict'] == both['verdict_photos']).sum())
     opposed = [{'holds', 'fails'} == {*pair} for pair in zip(both.verdict, both.verdict_photos)]
     lines = run[1]['n_seeds'].value_counts().items()
-    seeds = ', '.join(f'{n} by {k:.0f} seed' + 's' * (k > 1) for k, n in lines)
+    seeds = ', '.join(f'{n} by {k:.0f} seed{"s" if k > 1 else ""}' for k, n in lines)
     return (
         f'On **photos** ({len(run[1])} lines, {seeds}; `results/photos`): '
         f'{count_verdicts(run[1])}. Of the {len(both)} lines that glyphs have, too, {same} have '
