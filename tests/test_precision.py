@@ -158,8 +158,8 @@ def test_the_gradient_of_the_prior_is_that_of_its_formula(groups):
 @pytest.mark.parametrize('learns', [True, False])
 def test_attention_is_written_out_for_gradients_in_bfloat16_alone(name, learns, monkeypatch):
     used = []
-    plain = backbones._write_out
-    monkeypatch.setattr(backbones, '_write_out', lambda *heads: used.append(1) or plain(*heads))
+    plain = backbones._attend_plainly
+    monkeypatch.setattr(backbones, '_attend_plainly', lambda *heads: used.append(1) or plain(*heads))
     q, k, v = torch.randn(3, 2, 2, 40, 16, generator=generator(0, 'attention'))
     weight = torch.randn(2, 2, 40, 16, generator=generator(0, 'weight'))
 
