@@ -375,7 +375,7 @@ def list_others(
     lines = []
     for path in sorted(Path(results_dir).rglob('*.md')):
         folder = path.parent.relative_to(results_dir).as_posix().replace('.', '')
-        if folder.removesuffix(f'/{path.parent.name}' if '/seed' in folder else '') in own:
+        if folder in own or path.parent.name.startswith('seed'):
             continue
         title = path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')
         title += ' (stale)' * bool(read_record(path.parent).get('stale'))

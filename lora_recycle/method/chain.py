@@ -545,7 +545,7 @@ class Stage:
         return store.entry(self.kind, self.inputs).exists()
 
 # %% ../../nbs/1_method/05_chain.ipynb #84114011
-LEAST_GREY = 0.02  # levels that tell drawings apart; rounding moves a mean by some 0.0001
+LEAST_GREY = 0.02  # levels that tell drawings apart; rounding moves a mean by some 0.00001
 
 
 def summarise_set(
