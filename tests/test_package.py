@@ -376,6 +376,60 @@ def test_the_numbers_in_the_readme_are_those_of_the_results():
         assert cells == [f'{v:.2f}' for v in found]
 
 
+PHOTO_ROWS = {
+    'NN': 'nn',
+    'Linear-probe': 'linear-probe',
+    'SimpleShot': 'simpleshot',
+    'CAML, inverted images': 'caml-inverted',
+    'Zero-shot, class names': 'zero-shot',
+    'LoRAs Avg + NN, mean of factors': 'average-factors',
+    'LoRAs Avg + NN (exact)': 'average',
+    'LoRA Recycle (from zero)': 'recycle',
+    'LoRA Recycle, from the average': 'recycle-average',
+    'real images, from zero': 'recycle-real',
+    'real images, from the average': 'recycle-average-real',
+    'noise, from zero': 'recycle-noise',
+    'noise, from the average': 'recycle-average-noise',
+}
+
+
+def read_cells(text, head):
+    "The lines below the table head that begins with `head`: title -> cells."
+    table = text.split(f'\n| {head}')[1].split('\n\n')[0].splitlines()[2:]
+    lines = [[c.strip(' *').replace('*', '') for c in x.strip('|').split('|')] for x in table]
+    return {title: cells for title, *cells in lines}
+
+
+def test_the_table_of_photos_is_the_mean_of_its_seeds():
+    page = (ROOT / 'results/photos/README.md').read_text(encoding='utf-8')
+    cells = read_cells(page, '1-shot, mean of three seeds')
+    pacs = (f'pacs-{look}' for look in ('photo', 'art', 'cartoon', 'sketch'))
+    sets = (
+        ('in_domain', ('average', 'caltech101', 'gtsrb', 'tiny-imagenet', 'omniglot')),
+        ('cross_domain', ('average', *pacs)),
+    )
+    tables = {name: average_seeds(f'photos/quick/{name}') for name, _ in sets}
+    assert set(cells) == set(PHOTO_ROWS)
+    for title, method in PHOTO_ROWS.items():
+        found = [tables[name].loc[method, (c, '1-shot')] for name, names in sets for c in names]
+        assert all(abs(float(a) - b) < 0.006 for a, b in zip(cells[title], found, strict=True))
+
+
+def test_the_differences_of_photos_are_those_of_the_claims():
+    page = (ROOT / 'results/photos/README.md').read_text(encoding='utf-8')
+    cells = read_cells(page, 'in points')
+    with open(ROOT / 'results/claims/photos.csv', newline='', encoding='utf-8') as file:
+        rows = [r for r in csv.DictReader(file) if r['n_seeds'] == '3' and r['shot'] == '1']
+    said = lambda r: '{:+.2f} [{:+.2f}, {:+.2f}], '.format(
+        *(float(r[k]) for k in ('difference', 'low', 'high'))
+    )
+    known = {(r['claim'], r['start']): said(r) + r['verdict'] for r in rows}
+    assert cells
+    for claim, both in cells.items():
+        expected = [known.get((claim, start), '') for start in ('zero', 'average')]
+        assert both == expected, claim
+
+
 def list_gains(folder, column):
     "All differences between two methods of a table of results at 1 shot, in points, as printed."
     table = average_seeds(folder)
