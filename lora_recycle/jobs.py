@@ -256,6 +256,12 @@ def _serve():
         answers.flush()
 
 # %% ../nbs/01_jobs.ipynb #3c172f78
+_KEEP_MEMORY = {  # glibc: what was freed is used again, not given back; other systems ignore it
+    'MALLOC_MMAP_THRESHOLD_': str(2**32 - 1),
+    'MALLOC_TRIM_THRESHOLD_': str(2**33),
+}
+
+
 def _open_python(code: str, threads: int, **more) -> subprocess.Popen:
     "A new Python with `threads` threads that runs `code` and imports from where this one does."
     env = {
@@ -263,6 +269,7 @@ def _open_python(code: str, threads: int, **more) -> subprocess.Popen:
         'PYTHONPATH': os.pathsep.join(sys.path),
         'OMP_NUM_THREADS': str(threads),
         'TQDM_DISABLE': '1',
+        **_KEEP_MEMORY,
     }
     # a session of its own: Ctrl-C is for us, and we end the workers
     command = [sys.executable, '-u', '-c', f'from lora_recycle.jobs import {code}']

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SCALES', 'ROLES', 'NEEDS', 'HALVES', 'PMF_RATE', 'LORAS', 'IMAGES', 'ALL_STAGES', 'NAMES', 'REAL', 'TRANSDUCTIVE',
            'TRANSDUCTIVES', 'MERGED', 'GRID', 'PAPER_RATE', 'BOUNDS', 'TEXT_RIVALS', 'RIVALS', 'MINIATURE_PLANS',
-           'MARKET_SIZES', 'FROM_AVERAGE', 'MASKS', 'OURS', 'METHODS', 'Scale', 'stretch_scale', 'Exam', 'Tuning',
-           'Method', 'list_needs', 'read_features', 'predict_nn', 'choose_layers', 'fit_recipe', 'predict_recycled',
-           'predict_average', 'plan_merge', 'merge_planned', 'predict_merged', 'predict_cut', 'load_caml',
-           'predict_caml', 'predict_probe', 'predict_simple', 'predict_names', 'predict_tip', 'Lesson', 'load_pmf',
-           'choose_validated', 'predict_tuned', 'predict_hub', 'name_chain', 'predict_by_text', 'predict_together',
-           'choose_votes', 'make_merges', 'make_pair', 'make_named_pair', 'describe_methods', 'narrow_chain', 'Cell',
-           'answer_cell']
+           'MARKET_SIZES', 'FROM_AVERAGE', 'ADDED', 'MASKS', 'OURS', 'METHODS', 'Scale', 'stretch_scale', 'Exam',
+           'Tuning', 'Method', 'list_needs', 'read_features', 'predict_nn', 'choose_layers', 'fit_recipe',
+           'predict_recycled', 'predict_average', 'plan_merge', 'merge_planned', 'predict_merged', 'predict_cut',
+           'load_caml', 'predict_caml', 'predict_probe', 'predict_simple', 'predict_names', 'predict_tip', 'Lesson',
+           'load_pmf', 'choose_validated', 'predict_tuned', 'predict_hub', 'name_chain', 'predict_by_text',
+           'predict_together', 'choose_votes', 'make_merges', 'make_pair', 'make_added', 'make_named_pair',
+           'describe_methods', 'narrow_chain', 'Cell', 'answer_cell']
 
 # %% ../../nbs/5_bench/03_methods.ipynb #ac1b8ebd
 from dataclasses import dataclass, replace
@@ -957,6 +957,23 @@ def make_pair(
         found.append(Method(f'recycle{part}{suffix}', f'LoRA Recycle{words}{end}', role, **how))
     return tuple(found)
 
+# %% ../../nbs/5_bench/03_methods.ipynb #87f85140
+ADDED = 0.5  # share of the meta-LoRA
+
+
+def make_added(
+    suffix: str = '',  # of the id, such as '-real'
+    words: str = '',  # added to the title
+    recipe: Recipe = Recipe(),  # from zero
+    role: str = 'ours',  # or 'bound'
+) -> Method:
+    "Half of what `recipe` recycles from zero, on top of the exact average."
+    own = replace(recipe, added=ADDED)
+    how = dict(predict=partial(predict_recycled, recipe=own), needs=_find_needs(own), recipe=own)
+    how |= dict(family='tuning-free', learns='lora', configs=('large',), against='average')
+    title = f'LoRAs Avg + half of LoRA Recycle{words}'
+    return Method(f'average-recycle{suffix}', title, role, **how)
+
 # %% ../../nbs/5_bench/03_methods.ipynb #70c9b1fb
 def make_named_pair(
     suffix: str,  # of the id
@@ -1031,6 +1048,10 @@ _ABLATIONS |= {
 }
 
 # %% ../../nbs/5_bench/03_methods.ipynb #06c02bbb
+_POOLS = (
+    ('-real', ', real images', Recipe(pool='real'), 'bound'),
+    ('-noise', ', noise images', Recipe(pool='noise'), 'bound'),
+)
 _WHOLE = Recipe(start='none')
 _BACKBONE = Method(
     *('recycle-backbone', 'LoRA Recycle, the whole backbone learns', 'ours', 'tuning-free'),
@@ -1040,25 +1061,17 @@ _BACKBONE = Method(
     configs=('large',),
     recipe=_WHOLE,
 )
-_POOLS = ((', real images', 'real'), (', noise images', 'noise'))
 OURS = (
     *make_pair(),
-    *[
-        m
-        for words, pool in _POOLS
-        for m in make_pair(f'-{pool}', words, Recipe(pool=pool), 'bound')
-    ],
+    make_added(),
+    *[m for pool in _POOLS for m in (*make_pair(*pool), make_added(*pool))],
     *_make_masks(),
     *_make_plans(),
     *make_pair('-smi', ', images of SMI', Recipe(drop=SMI_DROP)),
     *[m for key, (words, recipe) in _ABLATIONS.items() for m in make_pair(key, words, recipe)],
     _BACKBONE,
     *make_named_pair('', '', Recipe()),
-    *[
-        m
-        for words, pool in _POOLS
-        for m in make_named_pair(f'-{pool}', words, Recipe(pool=pool), 'bound')
-    ],
+    *[m for pool in _POOLS for m in make_named_pair(*pool)],
 )
 METHODS = {m.id: m for m in (*RIVALS, *OURS)}
 

@@ -33,7 +33,7 @@ from lora_recycle.method.inversion import (
     invert,
     sparse_patches,
 )
-from .lora import LoRA, pack_lora
+from .lora import LoRA, add_products, average_products, pack_lora
 from .market import Market, MarketConfig, head_logits, private_data
 from .market import tune_market
 from ..precision import PRECISIONS, multiply_in
@@ -59,6 +59,7 @@ class Recipe:
     drop: tuple = ()  # patches that leave the inversion for good, ((share of steps, ratio), ...)
     keep_survivors: bool = True  # False: meta-training sees whole images, whatever was pruned
     n_loras: int | None = None  # the first ones of the market; None: all
+    added: float = 0.0  # share of the meta-LoRA that is added to the exact average; 0: it is alone
     changes: tuple = ()  # (('invert', 'alpha_bn', 0.0), ...): stage, field of its config, value
 
     def __post_init__(self):
@@ -70,6 +71,8 @@ def _check_recipe(recipe: Recipe):
     check_choice('start', recipe.start, STARTS)
     check_choice('pool', recipe.pool, POOLS)
     check_choice('rule', recipe.rule, RULES)
+    if recipe.added and recipe.start == 'none':
+        raise ValueError("added needs a meta-LoRA: start='none' gives a whole backbone")
     if not 0 <= recipe.sparsity < 1:
         raise ValueError(f'sparsity={recipe.sparsity!r} must lie in [0, 1)')
     for stage, name, _ in recipe.changes:
@@ -1061,8 +1064,11 @@ def _read_meta(chain: Chain, recipe: Recipe, shot: int) -> Meta:
     found = _meta_stage(chain, recipe, shot).read(chain.store, chain.backbone.device)
     curve = found.pop('curve')
     if recipe.start != 'none':
-        targets = chain.market(recipe).lora.targets
-        return Meta(LoRA(**found, targets=targets), None, curve)
+        market = chain.market(recipe).lora
+        lora = LoRA(**found, targets=market.targets)
+        if recipe.added:
+            lora = add_products(average_products(market), lora, recipe.added)
+        return Meta(lora, None, curve)
     device = chain.backbone.device
     weights = {k.removeprefix('weights.'): w.to(device) for k, w in found.items()}
     name = f'{chain.backbone.name}, meta-trained'

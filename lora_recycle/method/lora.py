@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'QV', 'check_targets', 'product_widths', 'factor_widths', 'LoRA', 'pack_lora', 'unpack_lora', 'new_lora',
-           'pad_rank', 'widen_targets', 'stack_loras', 'average_products', 'average_factors', 'truncate_rank',
-           'only_layers']
+           'pad_rank', 'widen_targets', 'stack_loras', 'average_products', 'average_factors', 'add_products',
+           'truncate_rank', 'only_layers']
 
 # %% ../../nbs/1_method/00_lora.ipynb #a7b5b4e7
 from dataclasses import dataclass, replace
@@ -266,6 +266,24 @@ def average_factors(
     if market.size is None:
         raise ValueError('average_factors needs a market [M,...], not a single LoRA')
     return LoRA(market.A.mean(0), market.B.mean(0), targets=market.targets)
+
+# %% ../../nbs/1_method/00_lora.ipynb #0df5f61b
+def add_products(
+    one: LoRA,  # a single one
+    other: LoRA,  # a single one that changes the same products
+    share: float = 1.0,  # of `other`
+) -> LoRA:  # of both ranks together, no head
+    "The LoRA whose product is that of `one` and `share` times that of `other`."
+    if one.size is not None or other.size is not None:
+        raise ValueError('add_products needs two single LoRAs; make a market one first')
+    if one.targets != other.targets:
+        raise ValueError(
+            f'these LoRAs change different products, {one.targets} and {other.targets}; '
+            'bring them to the same ones with widen_targets'
+        )
+    A = torch.cat([one.A, other.A], -1)
+    B = torch.cat([one.B, share * other.B], -2)
+    return LoRA(A, B, targets=one.targets)
 
 # %% ../../nbs/1_method/00_lora.ipynb #a0dceb4f
 def _decompose(lora: LoRA) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,10 +24,11 @@ def embed(
     backbone: Backbone,  # frozen
     images: Tensor,  # uint8 [n,3,H,W], or `folders.FileImages`
     lora: LoRA | None = None,  # a single one
-    batch: int = 256,  # images at a time
+    batch: int = 0,  # images at a time; 0: 32 on a CPU, 256 else
 ) -> Tensor:  # float32 [n,D_out], on the CPU
     "Features of images; all patches are seen."
-    parts = tqdm(images.split(batch), desc='embed', leave=False, disable=len(images) < 20 * batch)
+    batch = batch or (32 if backbone.device.type == 'cpu' else 256)
+    parts = tqdm(images.split(batch), desc='embed', leave=False, disable=len(images) < 5000)
     lora = lora and lora.map(lambda t: t.to(backbone.device))
     found = [encode(backbone, normalise(part, backbone), lora).features.cpu() for part in parts]
     return torch.cat(found)
