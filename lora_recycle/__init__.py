@@ -10,6 +10,7 @@ _DOOR = {
     'load_set': 'suite.images.load_set',
     'read_market': 'use.exchange.read_market',
     'average': 'method.lora.average_products',
+    'add': 'method.lora.add_products',
     'merge': 'rivals.merge.merge',
     'advise': 'use.advice.advise',
     'recycle': 'use.recycling.recycle',

@@ -49,8 +49,21 @@ def test_labels_may_be_words_and_inverted_images_need_none(market):
     held = letters.images[:30].view(1, 5, 6, *letters.images.shape[1:])
     recycled = SimpleNamespace(held=held, lora=average_products(loras))
     found = lr.advise(loras, backbone, recycled=recycled, **QUICK)
-    assert found.scores[-1]['gain'] == 0 and 'inverted' in found.sentence
-    assert found.best == AVERAGE, 'an equal one is not above'
+    gains = {s['method']: s['gain'] for s in found.scores}
+    assert gains['recycled LoRA'] == 0 and 'inverted' in found.sentence
+    assert found.best != 'recycled LoRA', 'an equal one is not above'
+
+
+def test_half_of_the_recycled_lora_is_tried_on_top_of_the_average(market):
+    backbone, loras, letters = market
+    meta = loras[0]
+    found = lr.advise(loras, backbone, letters.images, letters.labels, recycled=meta, **QUICK)
+    both = found.loras['average and half of the recycled LoRA']
+    wanted = (loras.A @ loras.B).mean(0) + 0.5 * meta.A @ meta.B
+    torch.testing.assert_close(both.A @ both.B, wanted)
+    other = lr.LoRA(meta.A, meta.B, targets=('k', 'v'))
+    found = lr.advise(loras, backbone, letters.images, letters.labels, recycled=other, **QUICK)
+    assert list(found.loras)[-1] == 'recycled LoRA', 'other products cannot be added'
 
 
 def test_merges_are_tried_at_their_best_scale(market):

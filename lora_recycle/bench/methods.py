@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SCALES', 'ROLES', 'NEEDS', 'HALVES', 'PMF_RATE', 'LORAS', 'IMAGES', 'ALL_STAGES', 'NAMES', 'REAL', 'TRANSDUCTIVE',
            'TRANSDUCTIVES', 'MERGED', 'GRID', 'PAPER_RATE', 'BOUNDS', 'TEXT_RIVALS', 'RIVALS', 'MINIATURE_PLANS',
-           'MARKET_SIZES', 'FROM_AVERAGE', 'ADDED', 'MASKS', 'OURS', 'METHODS', 'Scale', 'stretch_scale', 'Exam',
-           'Tuning', 'Method', 'list_needs', 'read_features', 'predict_nn', 'choose_layers', 'fit_recipe',
-           'predict_recycled', 'predict_average', 'plan_merge', 'merge_planned', 'predict_merged', 'predict_cut',
-           'load_caml', 'predict_caml', 'predict_probe', 'predict_simple', 'predict_names', 'predict_tip', 'Lesson',
-           'load_pmf', 'choose_validated', 'predict_tuned', 'predict_hub', 'name_chain', 'predict_by_text',
-           'predict_together', 'choose_votes', 'make_merges', 'make_pair', 'make_added', 'make_named_pair',
-           'describe_methods', 'narrow_chain', 'Cell', 'answer_cell']
+           'MARKET_SIZES', 'FROM_AVERAGE', 'MASKS', 'OURS', 'METHODS', 'Scale', 'stretch_scale', 'Exam', 'Tuning',
+           'Method', 'list_needs', 'read_features', 'predict_nn', 'choose_layers', 'fit_recipe', 'predict_recycled',
+           'predict_average', 'plan_merge', 'merge_planned', 'predict_merged', 'predict_cut', 'load_caml',
+           'predict_caml', 'predict_probe', 'predict_simple', 'predict_names', 'predict_tip', 'Lesson', 'load_pmf',
+           'choose_validated', 'predict_tuned', 'predict_hub', 'name_chain', 'predict_by_text', 'predict_together',
+           'choose_votes', 'make_merges', 'make_pair', 'make_added', 'make_named_pair', 'describe_methods',
+           'narrow_chain', 'Cell', 'answer_cell']
 
 # %% ../../nbs/5_bench/03_methods.ipynb #ac1b8ebd
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..core import check_choice, digest, generator
 from .cost import PAPER_PLANS, name_plan
-from ..method.chain import SETTINGS, Chain, Machine, Named, Recipe, Settings
+from ..method.chain import ADDED, SETTINGS, Chain, Machine, Named, Recipe, Settings
 from ..method.distill import DistillConfig
 from ..method.inversion import SMI_DROP, InvertConfig
 from ..method.lora import LoRA, average_factors, average_products, new_lora
@@ -958,9 +958,6 @@ def make_pair(
     return tuple(found)
 
 # %% ../../nbs/5_bench/03_methods.ipynb #87f85140
-ADDED = 0.5  # share of the meta-LoRA
-
-
 def make_added(
     suffix: str = '',  # of the id, such as '-real'
     words: str = '',  # added to the title

@@ -358,7 +358,9 @@ def _add_cell(ledger: _Ledger, name: str, case: _Case, method: Method, column: t
     "What `method` needs for one cell beyond LoRAs and images."
     sources, target = column
     if 'meta' in method.needs:
-        ledger.add('meta-training', name, (sources, method.id, shot), _meta(case, method, shot))
+        learnt = method.recipe and (method.family, replace(method.recipe, added=0.0))
+        key = (sources, learnt or method.id, shot)
+        ledger.add('meta-training', name, key, _meta(case, method, shot))
     if method.plain:
         n = _count_tests(target, case.settings)
         work = dict(jobs=0, forward=n, looked_at=256, gb=4e-9 * case.shape.out_dim * n)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..core import check_int
 from ..method.backbone import Backbone
-from ..method.lora import LoRA, average_products
+from ..method.chain import ADDED
+from ..method.lora import LoRA, add_products, average_products
 from ..rivals.merge import MergeGrid, choose_merge
 from ..suite.episodes import EpisodeSize, draw_episodes
 from ..suite.evaluate import embed, interval, nearest_prototype, right_answers
@@ -191,6 +192,14 @@ def _try_merges(market: LoRA, score: Callable, options: AdviceOptions) -> dict:
     chosen = {h: choose_merge(market, h, score, options.grid, seed=seed) for h in options.hows}
     return {f'merge {how}': found.lora for how, found in chosen.items()}
 
+
+def _try_recycled(average: LoRA, recycled: LoRA) -> dict:
+    "The recycled LoRA alone, and half of it on top of the average if it changes the same products."
+    found = {'recycled LoRA': recycled}
+    if recycled.targets == average.targets:
+        found['average and half of the recycled LoRA'] = add_products(average, recycled, ADDED)
+    return found
+
 # %% ../../nbs/2_use/01_advice.ipynb #52d1237c
 def advise(
     market: LoRA,  # M of them, or a `Market`
@@ -210,7 +219,7 @@ def advise(
     loras = {PLAIN: None, AVERAGE: average_products(market)}
     loras |= _try_merges(market, score, options)
     if recycled is not None:
-        loras['recycled LoRA'] = getattr(recycled, 'lora', recycled)
+        loras |= _try_recycled(loras[AVERAGE], getattr(recycled, 'lora', recycled))
     scores = score_loras(backbone, loras, data, options.trial)
     return Advice(*pick_lora(scores), scores, loras)
 
