@@ -38,6 +38,7 @@ from lora_recycle.bench.tables import (
     Place,
     Scene,
     chosen_methods,
+    draw_advice,
     make_table,
     table_at,
     table_columns,
@@ -108,6 +109,21 @@ def choose_some(table, whole):
     if table == 'cross_domain':
         return whole.methods
     return chosen_methods(table, 'quick') if table in DOMAIN_TABLES else whole.methods[:7]
+
+def test_the_picture_of_advice_merges_nothing_anew(finished, tmp_path):
+    smoke = replace(SCALES['smoke'], shots=(1,))
+    machine = replace(smoke.machine, executor=Executor('here'))
+    place = Place(Cache(finished / 'cache'), machine=machine)
+    columns = table_columns('merging', smoke, place)[:1]
+    rows, _ = make_table('merging', columns, ('nn', 'average', 'merge-tsv-m'), smoke)
+    chain, target = columns[0]
+    table = replace(table_at('merging', smoke), columns=((chain.sources, target),))
+    scene = Scene(table, (chain,), write_rows(tmp_path, rows), smoke)
+    log = chain.store.log
+    start = len(log)
+    assert draw_advice(scene)
+    found = [(kind, outcome) for kind, _, outcome, _ in log[start:]]
+    assert ('merge', 'hit') in found and {outcome for _, outcome in found} == {'hit'}
 
 
 @pytest.mark.parametrize('table', [t for t in TABLES if t != 'in_domain'])

@@ -8,7 +8,7 @@ __all__ = ['OURS', 'EXHIBITS', 'Exhibit', 'find_exhibit', 'find_gains', 'measure
 
 # %% ../../nbs/5_bench/09_report.ipynb #5764c028
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -79,19 +79,22 @@ def find_exhibit(
     return found[0] if found else Exhibit('', table, table)
 
 # %% ../../nbs/5_bench/09_report.ipynb #cbab7b6b
+def _is_unchanged(method) -> bool:
+    "Whether a method is ours with the paper's recipe, whatever its start, alone or added."
+    if method.role != 'ours' or method.recipe is None:
+        return False
+    return replace(method.recipe, start='zero', added=0.0) == METHODS['recycle'].recipe
+
+
 def _is_plain(method) -> bool:
-    "Whether a method is ours with the paper's recipe, whatever its start."
-    plain = [METHODS[method_id].recipe for method_id in ('recycle', 'recycle-average')]
-    return method.role == 'ours' and method.recipe in plain
+    "Whether it is also alone."
+    return _is_unchanged(method) and not method.recipe.added
 
 
 def _find_twin(method, methods: list):
-    "The unchanged method of ours with the start and family of `method`; None without one."
-    for other in methods:
-        same = other.family == method.family and other.recipe.start == method.recipe.start
-        if same and other.id != method.id:
-            return other
-    return None
+    "The unchanged method of ours that is like `method` in start, family, and being added."
+    kind = lambda m: (m.family, m.recipe.start, m.recipe.added)
+    return next((m for m in methods if kind(m) == kind(method) and m.id != method.id), None)
 
 
 def find_gains(
@@ -105,8 +108,9 @@ def find_gains(
     if len(rivals) > few:
         rivals = [i for i in ('nn', 'average', 'average-factors') if i in rivals]
     pairs = [(m.id, rival) for m in plain for rival in rivals]
-    for method in (m for m in there if m.recipe and not _is_plain(m)):
-        twin = _find_twin(method, plain)
+    unchanged = list(filter(_is_unchanged, there))
+    for method in (m for m in there if m.recipe and not _is_unchanged(m)):
+        twin = _find_twin(method, unchanged)
         if twin is not None:
             pairs.append((method.id, twin.id))
     pairs += [('average', 'nn')] * ({'average', 'nn'} <= set(rivals))

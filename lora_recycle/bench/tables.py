@@ -69,6 +69,7 @@ from lora_recycle.bench.methods import (
     list_needs,
     merge_planned,
     name_chain,
+    narrow_chain,
     plan_merge,
     read_features,
 )
@@ -491,6 +492,7 @@ def _find_lora(chain: Chain, method: Method, shot: int, scale: Scale):
     "The LoRA by which `method` answers; None: the plain backbone."
     if method.recipe is not None:
         return chain.meta(fit_recipe(method.recipe, chain.backbone.layers, scale.large), shot).lora
+    chain = narrow_chain(chain, method)  # whose plans are kept
     if method.id in _HOWS:
         how = _HOWS[method.id]
         return merge_planned(chain, how, plan_merge(chain, how, scale.merge, scale.way))
