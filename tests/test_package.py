@@ -47,7 +47,7 @@ BENCH = {
     'tokenizers': 'tokenizers',
 }
 DOOR = ('LoRA', 'load_backbone', 'load_set', 'read_market', 'average', 'merge', 'advise', 'recycle')
-DOOR += ('FewShotClassifier', 'compare',)
+DOOR += ('FewShotClassifier', 'compare', 'add')
 FOR_DEVELOPERS = {
     'nbdev',
     'papermill',
