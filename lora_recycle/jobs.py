@@ -265,11 +265,11 @@ _KEEP_MEMORY = {  # glibc: what was freed is used again, not given back; other s
 def _open_python(code: str, threads: int, **more) -> subprocess.Popen:
     "A new Python with `threads` threads that runs `code` and imports from where this one does."
     env = {
+        **_KEEP_MEMORY,
         **os.environ,
         'PYTHONPATH': os.pathsep.join(sys.path),
         'OMP_NUM_THREADS': str(threads),
         'TQDM_DISABLE': '1',
-        **_KEEP_MEMORY,
     }
     # a session of its own: Ctrl-C is for us, and we end the workers
     command = [sys.executable, '-u', '-c', f'from lora_recycle.jobs import {code}']
