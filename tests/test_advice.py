@@ -51,7 +51,8 @@ def test_labels_may_be_words_and_inverted_images_need_none(market):
     found = lr.advise(loras, backbone, recycled=recycled, **QUICK)
     gains = {s['method']: s['gain'] for s in found.scores}
     assert gains['recycled LoRA'] == 0 and 'inverted' in found.sentence
-    assert found.best != 'recycled LoRA', 'an equal one is not above'
+    both = 'average and half of the recycled LoRA'  # here the average, half as long again
+    assert found.best in (AVERAGE, both), 'an equal one is not above'
 
 
 def test_half_of_the_recycled_lora_is_tried_on_top_of_the_average(market):

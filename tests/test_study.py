@@ -39,3 +39,32 @@ def test_photos_have_their_own_set_and_axes(tmp_path):
     names = run_cells('study.ipynb', 'len(plan)', **given)
     assert names['own'].name == 'gtsrb' and names['own'].backbone.name == 'miniature-photo'
     assert len(names['several'].sources) == 4 and len(names['plan']) == 2 * 3 + 2
+
+
+TRIED = dict(scale='smoke', sets='cyrillic', variants='noise', executor='here')
+
+
+def test_what_was_tried_is_judged_alone_and_added(tmp_path):
+    given = TRIED | dict(out_dir=tmp_path / 'results', cache_dir=tmp_path / 'cache')
+    run_cells('tried.ipynb', **given)
+    out = tmp_path / 'results' / 'tried'
+    frame = pd.read_csv(out / 'tried.csv').set_index('variant')
+    assert list(frame.index) == ['as it stands', 'noise']
+    assert frame.loc['as it stands', 'change'] == 0
+    alone = frame['alone']
+    assert abs(alone['noise'] - alone['as it stands'] - frame.loc['noise', 'change']) < 0.01
+    assert (alone - frame['nn'] - frame['to_nn']).abs().max() < 0.01
+    shares = pd.read_csv(out / 'shares.csv').set_index('added')['gain']
+    assert shares['0.5 of: as it stands'] == frame.loc['as it stands', 'gain']
+    page = (out / 'table.md').read_text()
+    assert '| noise |' in page and '![tried](tried.png)' in page and (out / 'tried.png').is_file()
+
+
+UNKNOWN = [('scale', 'paper'), ('sets', 'greek|x'), ('variants', 'x')]
+
+
+@pytest.mark.parametrize('name, value', UNKNOWN)
+def test_what_is_to_be_tried_must_exist(tmp_path, name, value):
+    given = TRIED | dict(out_dir=str(tmp_path), cache_dir=str(tmp_path)) | {name: value}
+    with pytest.raises(ValueError, match=name):
+        run_cells('tried.ipynb', "check_choice('scale'", **given)
