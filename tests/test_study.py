@@ -45,9 +45,9 @@ TRIED = dict(scale='smoke', sets='cyrillic', variants='noise', executor='here')
 
 
 def test_what_was_tried_is_judged_alone_and_added(tmp_path):
-    given = TRIED | dict(out_dir=tmp_path / 'results', cache_dir=tmp_path / 'cache')
+    given = TRIED | dict(out_dir=tmp_path / 'results', cache_dir=tmp_path / 'cache', seed=1)
     run_cells('tried.ipynb', **given)
-    out = tmp_path / 'results' / 'tried'
+    out = tmp_path / 'results' / 'tried' / 'seed1'
     frame = pd.read_csv(out / 'tried.csv').set_index('variant')
     assert list(frame.index) == ['as it stands', 'noise']
     assert frame.loc['as it stands', 'change'] == 0
@@ -56,6 +56,7 @@ def test_what_was_tried_is_judged_alone_and_added(tmp_path):
     assert (alone - frame['nn'] - frame['to_nn']).abs().max() < 0.01
     shares = pd.read_csv(out / 'shares.csv').set_index('added')['gain']
     assert shares['0.5 of: as it stands'] == frame.loc['as it stands', 'gain']
+    assert not [name for name in shares.index if 'twice the rate' in name]  # not asked for
     page = (out / 'table.md').read_text()
     assert '| noise |' in page and '![tried](tried.png)' in page and (out / 'tried.png').is_file()
 
