@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 
 from .claims import CLAIMS, OUR_FINDING, Drawing, Verdict
 from .claims import judge_folder, list_starts
-from .report import EXHIBITS, Exhibit, write_markdown
+from .report import EXHIBITS, Exhibit, list_commits, write_markdown
 from .results import read_rows
 from .runs import missing_parts, read_record, read_runs, write_command
 from .tables import TABLES
@@ -335,7 +335,8 @@ def _tell_run(place: Exhibit, results_dir) -> list[str]:
     seeds = ', '.join(str(run.seed) for run in runs)
     state = 'incomplete' * bool(_list_missing(place, results_dir))
     state = 'stale' if record.get('stale') else state
-    return [seeds, env.get('created', '')[:10], (env.get('commit') or 'none')[:7], state]
+    commits = list_commits(runs[0].rows) if runs else [(env.get('commit') or 'none')[:7]]
+    return [seeds, env.get('created', '')[:10], ', '.join(commits), state]
 
 # %% ../../nbs/5_bench/10_index.ipynb #71855546
 def _link_exhibit(place: Exhibit, page, results_dir) -> str:

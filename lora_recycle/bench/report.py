@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OURS', 'EXHIBITS', 'Exhibit', 'find_exhibit', 'find_gains', 'measure_gains', 'measure_best', 'write_answer',
-           'format_number', 'write_markdown', 'write_values', 'write_gains', 'write_verdicts', 'write_page']
+           'format_number', 'write_markdown', 'write_values', 'write_gains', 'write_verdicts', 'list_commits',
+           'write_page']
 
 # %% ../../nbs/5_bench/09_report.ipynb #5764c028
 import math
@@ -363,6 +364,19 @@ def _write_paper(table: str) -> str:
     )
 
 # %% ../../nbs/5_bench/09_report.ipynb #586a38ec
+def list_commits(
+    rows: pd.DataFrame,  # of a table, see `results.write_rows`
+) -> dict:  # first 7 digits of a commit -> titles of its rows, the newest first; {} before writing
+    "What made which rows: one commit where a table is of one run."
+    if 'commit' not in rows:
+        return {}
+    newest = rows.sort_values('created', ascending=False, kind='stable')
+    found = {}
+    for commit, title in zip(newest['commit'].fillna('none').astype(str), newest['title']):
+        found.setdefault(commit[:7], {})[title] = None
+    return {commit: list(titles) for commit, titles in found.items()}
+
+
 def _write_facts(rows: pd.DataFrame) -> str:
     "What all cells have in common."
     several = lambda name: ' or '.join(map(str, dict.fromkeys(rows[name].dropna())))
@@ -380,6 +394,8 @@ def _write_facts(rows: pd.DataFrame) -> str:
             ' A method with fewer tasks solved the first of them: its cells do not compare with '
             "the others' and have no rank, the gains do compare."
         )
+    for commit, titles in [*list_commits(rows).items()][1:]:
+        text += f' Of an earlier run, {commit}: {"; ".join(titles)}.'
     return text + '\n\n'
 
 # %% ../../nbs/5_bench/09_report.ipynb #f66087b2
