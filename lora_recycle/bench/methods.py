@@ -124,7 +124,7 @@ SCALES = {
         merge=MergeGrid((0.5, 1.0), (0.5,), 4, 2),
         machine=Machine(chunk=2),
     ),
-    'embedded': Scale(SETTINGS['embedded'], precision='auto'),
+    'embedded': Scale(SETTINGS['embedded']),
     'photos': Scale(SETTINGS['photos'], suite='photos'),
     'photos-quick': Scale(
         SETTINGS['photos-quick'], suite='photos', shots=(1,), machine=Machine(chunk=2)

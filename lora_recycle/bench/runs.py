@@ -201,6 +201,7 @@ def missing_parts(
         if given.get(name) != value:
             lost.append(f'made with {name}={given.get(name)!r}, not {value!r}')
     today = json.loads(json.dumps(plain(SCALES[check_choice('scale', scale, SCALES)])))
+    today.pop('precision')  # what was wished for; `machine` says what it became
     changed = _list_changes(config.get('scale', {}), today)
     if changed:
         lost.append('settings of this scale have changed since: ' + ', '.join(changed))
