@@ -633,7 +633,7 @@ TUNING_FREE = (
 )
 LEVELS = tuple(f'{start}-mask{share}' for start in BOTH for share in (25, 50, 75))
 BOUND_IDS = ('caml-real', 'pmf-real', *(f'{s}-{pool}' for pool in ('real', 'noise') for s in BOTH))
-QUICK = ('nn', 'linear-probe', 'average', 'average-factors', 'simpleshot', *BOTH, ADDED_IDS[0])
+QUICK = ('nn', 'linear-probe', 'average', 'average-factors', 'simpleshot', *BOTH, 'average-recycle')
 
 
 def list_own_columns(
