@@ -353,12 +353,11 @@ SHOWN = ('nn', 'average-factors', 'average', 'recycle', 'recycle-average', 'aver
 
 
 def average_seeds(folder):
-    "A table of results, the mean over its seeds: of photos three, of glyphs the first alone."
+    "A table of results, the mean over its seeds."
     from lora_recycle.bench.results import pivot_rows, read_rows
 
     folder = ROOT / 'results' / folder
-    more = sorted(folder.glob('seed*')) if 'photos' in folder.parts else []
-    tables = [pivot_rows(read_rows(f))[0] for f in (folder, *more)]
+    tables = [pivot_rows(read_rows(f))[0] for f in (folder, *sorted(folder.glob('seed*')))]
     return sum(tables) / len(tables)
 
 
