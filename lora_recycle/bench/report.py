@@ -376,7 +376,7 @@ def list_commits(
         found.setdefault(commit[:7], {})[title] = None
     return {commit: list(titles) for commit, titles in found.items()}
 
-
+# %% ../../nbs/5_bench/09_report.ipynb #0bfad070
 def _write_facts(rows: pd.DataFrame) -> str:
     "What all cells have in common."
     several = lambda name: ' or '.join(map(str, dict.fromkeys(rows[name].dropna())))
