@@ -126,7 +126,8 @@ def method_dots(
     titles = dict(zip(points['method'], points['title']))
     roles = {m: methods[m].role if m in methods else 'rival' for m in order}
     n = len(points[['backbone', 'shot']].drop_duplicates())
-    size = (2.4 + 2.9 * n, 0.9 + 0.2 * len(order))
+    names_inch = 0.06 * max(len(titles[m]) for m in order)
+    size = (names_inch + 2.6 * n, 0.9 + 0.2 * len(order))
     how = dict(figsize=size, sharey=True, squeeze=False, layout='constrained')
     fig, axes = plt.subplots(1, n, **how)
     ways = rows.get('way', pd.Series(0, rows.index))

@@ -385,7 +385,7 @@ def _name_group(recipe: Recipe) -> str:
 # %% ../../nbs/5_bench/04_tables.ipynb #a0c0e0b1
 def list_points(
     scene: Scene,  # what was run
-) -> pd.DataFrame:  # shot, group, label, cost, accuracy, ci95, dense
+) -> pd.DataFrame:  # shot, group, label, cost, accuracy, ci95, dense, line
     "Accuracy, averaged over the sets, and cost of each row of ours by the paper's rule."
     shape = shape_of(scene.chains[0].backbone)
     mean = average_sets(scene.rows)
@@ -397,6 +397,7 @@ def list_points(
         point = dict(shot=row.shot, accuracy=row.value, ci95=row.ci95, label=name_saving(recipe))
         point['cost'] = find_cost(recipe, shape, scene.scale.chain.invert)
         point['dense'] = point['label'] == 'dense'
+        point['line'] = 'masks' if recipe.sparsity else point['label']
         groups = [recipe]
         if point['dense']:
             groups.append(replace(recipe, keep_survivors=False))
